@@ -1,0 +1,37 @@
+"""How physical values become network input; decided at training, carried by the checkpoint."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, Self
+
+import numpy as np
+from numpy.typing import NDArray
+
+
+@dataclass(frozen=True)
+class Normalisation:
+    """Per-band standardisation of one modality: (x - mean) / std, invalid pixels 0.
+
+    The input is physical: reflectance, dB for SAR-L2, calibrated re/im for SAR-L1 (scaled by one
+    scalar, no mean, so that power survives).
+    """
+
+    bands: tuple[str, ...]
+    """Band names in channel order."""
+    mean: tuple[float, ...]
+    """Mean of each band over valid pixels, in physical units."""
+    std: tuple[float, ...]
+    """Standard deviation of each band, in physical units."""
+    power_db: tuple[float, float] | None = None
+    """SAR-L1 only: mean and standard deviation of 10·log10(span)."""
+
+    def apply(self, values: NDArray[np.float32], valid: NDArray[np.bool_]) -> NDArray[np.float32]:
+        """Normalise (..., C, H, W) values; pixels where (..., 1 or C, H, W) `valid` is false become 0."""
+        mean = np.asarray(self.mean, np.float32)[:, None, None]
+        std = np.asarray(self.std, np.float32)[:, None, None]
+        return np.where(valid, (values - mean) / std, np.float32(0)).astype(np.float32, copy=False)
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any]) -> Self:
+        """Inverse of `dataclasses.asdict`."""
+        return cls(**{k: tuple(v) if isinstance(v, list) else v for k, v in values.items()})
