@@ -1,0 +1,39 @@
+"""Options that several commands share, declared once."""
+
+from pathlib import Path
+from typing import Annotated, Optional
+
+import typer
+
+Output = Annotated[
+    Optional[Path], typer.Option("--output", "-o", help="Where the result goes.", show_default=False)
+]
+Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace a finished output.")]
+Json = Annotated[bool, typer.Option("--json", help="One JSON object per line on stdout.")]
+Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="Only warnings and errors on stderr.")]
+Model = Annotated[
+    Optional[Path],
+    typer.Option(
+        "--model", "-m", envvar="RINGMOE_MODEL", help="Checkpoint directory.", show_default=False
+    ),
+]
+Device = Annotated[str, typer.Option("--device", help="cpu, cuda, cuda:1, or auto.")]
+ModalityName = Annotated[
+    Optional[str],
+    typer.Option("--modality", help="opt, ms, sar-l1 or sar-l2; guessed from the bands if absent."),
+]
+Bands = Annotated[
+    Optional[str],
+    typer.Option("--bands", help="Names of the file's bands in order, e.g. blue,green,red,nir."),
+]
+Set = Annotated[
+    Optional[list[str]],
+    typer.Option("--set", help="Change a recipe value: --set train.steps=500 (repeatable)."),
+]
+Recipe = Annotated[
+    Optional[str],
+    typer.Option("--recipe", help="Recipe name (ringmoe inspect --recipes) or YAML file."),
+]
+AllowRemote = Annotated[
+    bool, typer.Option("--allow-remote", help="Let GDAL read URLs and files outside the folder.")
+]
