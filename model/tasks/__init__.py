@@ -1,0 +1,18 @@
+"""Tasks: one file per head, one line per head here.
+
+A head (`model.tasks.head.Head`) is an `nn.Module` built as `SomeHead(task, widths)` with
+
+    forward(features, size) -> output      features: 4 × (B·T, C·2^s, h, w), row b·T + t; size: (H, W)
+    loss(output, batch) -> Tensor          batch.targets: "classes", "values" or "boxes"
+    predict(output) -> Prediction          dense, scores or boxes
+    metric() -> Metric                     update(prediction, batch); compute() -> dict
+
+and class attributes `dates` (T: 1, 2 for change, 0 for any) and `score` (the metric's main key).
+`model.tasks.network.TaskNetwork` puts it on the encoder. A new task is one file, one line in
+`TASKS`, one recipe and one test case.
+"""
+
+from model.tasks.head import Head
+
+TASKS: dict[str, type[Head]] = {}
+"""Task name -> head."""
