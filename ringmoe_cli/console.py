@@ -81,7 +81,13 @@ def progress(total: int, what: str, unit: str = "it") -> Iterator[Callable[..., 
 def live_bar(total: int, what: str, unit: str) -> Iterator[Callable[..., None]]:
     """A rich progress bar on stderr."""
     from rich.console import Console
-    from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+    from rich.progress import (
+        BarColumn,
+        Progress,
+        TextColumn,
+        TimeElapsedColumn,
+        TimeRemainingColumn,
+    )
 
     columns = (
         TextColumn("{task.description}"), BarColumn(), TextColumn("{task.completed:.0f}/{task.total:.0f}"),

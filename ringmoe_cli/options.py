@@ -1,37 +1,37 @@
 """Options that several commands share, declared once."""
 
 from pathlib import Path
-from typing import Annotated, Optional
+from typing import Annotated
 
 import typer
 
 Output = Annotated[
-    Optional[Path], typer.Option("--output", "-o", help="Where the result goes.", show_default=False)
+    Path | None, typer.Option("--output", "-o", help="Where the result goes.", show_default=False)
 ]
 Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace a finished output.")]
 Json = Annotated[bool, typer.Option("--json", help="One JSON object per line on stdout.")]
 Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="Only warnings and errors on stderr.")]
 Model = Annotated[
-    Optional[Path],
+    Path | None,
     typer.Option(
         "--model", "-m", envvar="RINGMOE_MODEL", help="Checkpoint directory.", show_default=False
     ),
 ]
 Device = Annotated[str, typer.Option("--device", help="cpu, cuda, cuda:1, or auto.")]
 ModalityName = Annotated[
-    Optional[str],
+    str | None,
     typer.Option("--modality", help="opt, ms, sar-l1 or sar-l2; guessed from the bands if absent."),
 ]
 Bands = Annotated[
-    Optional[str],
+    str | None,
     typer.Option("--bands", help="Names of the file's bands in order, e.g. blue,green,red,nir."),
 ]
 Set = Annotated[
-    Optional[list[str]],
+    list[str] | None,
     typer.Option("--set", help="Change a recipe value: --set train.steps=500 (repeatable)."),
 ]
 Recipe = Annotated[
-    Optional[str],
+    str | None,
     typer.Option("--recipe", help="Recipe name (ringmoe inspect --recipes) or YAML file."),
 ]
 AllowRemote = Annotated[

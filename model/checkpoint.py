@@ -1,0 +1,257 @@
+"""Checkpoints: a directory of safetensors shards, an index and config.json (Hugging Face layout).
+
+Experts are stacked in memory, `…moe.collaborative.fc1.weight` (E, F, D), and one tensor each on
+disk, `…moe.collaborative.<e>.fc1.weight` (F, D), so that a modality or an expert can be opened
+without reading the rest. Nothing in a checkpoint is code; dtypes are kept.
+"""
+
+import hashlib
+import json
+import os
+import re
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import asdict, dataclass, field, replace
+from pathlib import Path
+from typing import Any, Literal, Self
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+from model.config import ModelConfig, PretrainConfig, TaskConfig
+from model.normalisation import Normalisation
+
+CONFIG = "config.json"
+INDEX = "model.safetensors.index.json"
+SHARD_BYTES = 2 << 30
+BANK = re.compile(
+    r"^(.*\bmoe\.(?:collaborative|shared|specialised\.[^.]+))\.(fc[12]\.(?:weight|bias))$"
+)
+
+Kind = Literal["encoder", "pretraining", "task"]
+
+
+@dataclass(frozen=True)
+class CheckpointConfig:
+    """What a checkpoint says about itself: predict needs no recipe."""
+
+    model: ModelConfig
+    """The encoder."""
+    kind: Kind = "encoder"
+    """Bare encoder, encoder with mask token and decoders, or encoder with a task head."""
+    normalisation: Mapping[str, Normalisation] = field(default_factory=dict)
+    """modality -> how physical values became input."""
+    gsd: Mapping[str, float] = field(default_factory=dict)
+    """modality -> ground sampling distance of the training data, metres."""
+    task: TaskConfig | None = None
+    """Set for kind "task"."""
+    pretraining: PretrainConfig | None = None
+    """Set for kind "pretraining"."""
+    provenance: Mapping[str, Any] = field(default_factory=dict)
+    """Where it came from: command, recipe, step, parent."""
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain values for config.json."""
+        return {"format": 1, **asdict(self), "model": self.model.to_dict()}
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any]) -> Self:
+        """Inverse of `to_dict`."""
+        task, pretraining = values.get("task"), values.get("pretraining")
+        return cls(
+            model=ModelConfig.from_dict(values["model"]),
+            kind=values["kind"],
+            normalisation={
+                m: Normalisation.from_dict(v) for m, v in values["normalisation"].items()
+            },
+            gsd=dict(values["gsd"]),
+            task=TaskConfig.from_dict(task) if task else None,
+            pretraining=PretrainConfig(**pretraining) if pretraining else None,
+            provenance=dict(values["provenance"]),
+        )
+
+    def with_provenance(self, **facts: Any) -> Self:
+        """The same with some facts added to its provenance."""
+        return replace(self, provenance={**self.provenance, **facts})
+
+
+def disk_names(name: str, tensor: Tensor) -> list[tuple[str, Tensor]]:
+    """A tensor as it stands on disk: expert banks one entry per expert, the rest unchanged."""
+    bank = BANK.match(name)
+    if bank is None:
+        return [(name, tensor)]
+    return [(f"{bank[1]}.{e}.{bank[2]}", expert) for e, expert in enumerate(tensor.unbind(0))]
+
+
+def disk_tensors(module: nn.Module) -> Iterator[tuple[str, Tensor]]:
+    """The parameters and buffers of a module, named and split as on disk."""
+    for name, tensor in module.state_dict().items():
+        yield from disk_names(name, tensor)
+
+
+def save_checkpoint(
+    directory: Path | str,
+    config: CheckpointConfig,
+    tensors: Iterable[tuple[str, Tensor]],
+    shard_bytes: int = SHARD_BYTES,
+) -> None:
+    """Write a checkpoint, holding one shard in memory at a time.
+
+    Shards appear under temporary names and are renamed when all are written; each carries the
+    fingerprint of config.json, so that a mixture of two saves is noticed and refused.
+    """
+    directory = Path(directory)
+    directory.mkdir(parents=True, exist_ok=True)
+    text = json.dumps(config.to_dict(), indent=1, sort_keys=True) + "\n"
+    metadata = {"format": "pt", "ringmoe": fingerprint(text)}
+    parts: list[tuple[Path, list[str]]] = []
+    total = 0
+    for shard in shards(tensors, shard_bytes):
+        part = directory / f".shard-{len(parts)}.part"
+        save_file({n: t.detach().cpu().contiguous() for n, t in shard.items()}, part, metadata)
+        synced(part)
+        parts.append((part, list(shard)))
+        total += sum(t.nbytes for t in shard.values())
+    publish(directory, parts, total, text)
+
+
+def shards(tensors: Iterable[tuple[str, Tensor]], limit: int) -> Iterator[dict[str, Tensor]]:
+    """Group tensors in order into shards of at most `limit` bytes (or one larger tensor)."""
+    shard: dict[str, Tensor] = {}
+    size = 0
+    for name, tensor in tensors:
+        if shard and size + tensor.nbytes > limit:
+            yield shard
+            shard, size = {}, 0
+        shard[name] = tensor
+        size += tensor.nbytes
+    if shard:
+        yield shard
+
+
+def publish(directory: Path, parts: list[tuple[Path, list[str]]], total: int, config: str) -> None:
+    """Give written shards their names, then write the index and config.json."""
+    weight_map: dict[str, str] = {}
+    for i, (part, names) in enumerate(parts):
+        shard = f"model-{i + 1:05d}-of-{len(parts):05d}.safetensors"
+        part.replace(directory / shard)
+        weight_map.update(dict.fromkeys(names, shard))
+    index = {"metadata": {"total_size": total}, "weight_map": weight_map}
+    write_text(directory / INDEX, json.dumps(index, indent=1, sort_keys=True) + "\n")
+    write_text(directory / CONFIG, config)
+    current = set(weight_map.values())
+    for stale in directory.glob("model-*-of-*.safetensors"):
+        if stale.name not in current:
+            stale.unlink()
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write a small file under a temporary name, sync it, rename it."""
+    part = path.with_name(path.name + ".part")
+    part.write_text(text)
+    synced(part)
+    part.replace(path)
+
+
+def synced(path: Path) -> None:
+    """Force a file to disk before it gets its final name."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def fingerprint(text: str) -> str:
+    """Short hash that ties shards to their config.json."""
+    return hashlib.sha256(text.encode()).hexdigest()[:16]
+
+
+def read_config(directory: Path | str) -> CheckpointConfig:
+    """Read config.json.
+
+    Raises:
+        ValueError: if the directory is no checkpoint, or its config is damaged.
+    """
+    path = Path(directory) / CONFIG
+    if not path.is_file():
+        raise ValueError(f"{directory} is not a checkpoint: it has no {CONFIG}")
+    try:
+        return CheckpointConfig.from_dict(json.loads(path.read_text()))
+    except (KeyError, TypeError, AttributeError, json.JSONDecodeError) as damage:
+        raise ValueError(f"{path} is damaged or from another program: {damage!r}") from damage
+
+
+def weight_map(directory: Path | str) -> dict[str, str]:
+    """Tensor name -> shard file name, from the index.
+
+    Raises:
+        ValueError: if there is no index, it is damaged, or it points out of the directory.
+    """
+    path = Path(directory) / INDEX
+    try:
+        names = json.loads(path.read_text())["weight_map"]
+    except FileNotFoundError:
+        raise ValueError(f"{directory} has no {INDEX}: the checkpoint is incomplete") from None
+    except (KeyError, TypeError, json.JSONDecodeError) as damage:
+        raise ValueError(f"{path} is damaged: {damage!r}") from damage
+    outside = [file for file in set(names.values()) if Path(file).name != file]
+    if outside:
+        raise ValueError(f"{path} points outside its folder: {outside[0]}")
+    return dict(names)
+
+
+def read_tensors(directory: Path | str, names: Iterable[str]) -> Iterator[tuple[str, Tensor]]:
+    """Read tensors by their names on disk, shard by shard.
+
+    Raises:
+        ValueError: naming the tensor or shard that is missing, truncated, or from another save.
+    """
+    directory = Path(directory)
+    where = weight_map(directory)
+    wanted: dict[str, list[str]] = {}
+    for name in names:
+        if name not in where:
+            raise ValueError(f"{directory} has no tensor {name}")
+        wanted.setdefault(where[name], []).append(name)
+    expected = fingerprint((directory / CONFIG).read_text())
+    for shard, members in wanted.items():
+        try:
+            with safe_open(directory / shard, framework="pt") as file:
+                check_shard(directory / shard, file.metadata(), expected)
+                for name in members:
+                    yield name, file.get_tensor(name)
+        except (SafetensorError, FileNotFoundError) as damage:
+            raise ValueError(f"{directory / shard} is missing or damaged: {damage}") from damage
+
+
+def check_shard(shard: Path, metadata: Mapping[str, str] | None, expected: str) -> None:
+    """Refuse a shard that belongs to another save of the same folder."""
+    found = (metadata or {}).get("ringmoe", expected)
+    if found != expected:
+        raise ValueError(f"{shard} belongs to another save than {CONFIG}; resume or save again")
+
+
+def load_module(directory: Path | str, module: nn.Module, prefix: str = "") -> None:
+    """Fill a module's parameters and buffers in place from a checkpoint.
+
+    Args:
+        directory: the checkpoint.
+        module: may hold a part of the checkpoint (one modality, the encoder without its head).
+        prefix: put before the module's own names, e.g. "encoder.".
+
+    Raises:
+        ValueError: if a tensor is missing or has another shape.
+    """
+    slots: dict[str, Tensor] = {}
+    for name, tensor in module.state_dict(prefix=prefix).items():
+        slots.update(disk_names(name, tensor))
+    with torch.no_grad():
+        for name, tensor in read_tensors(directory, slots):
+            if tensor.shape != slots[name].shape:
+                raise ValueError(
+                    f"{directory}: {name} is {tuple(tensor.shape)}, "
+                    f"but the model has {tuple(slots[name].shape)}"
+                )
+            slots[name].copy_(tensor)

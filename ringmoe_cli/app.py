@@ -1,0 +1,84 @@
+"""The `ringmoe` command: one line per sub-command, and what happens when one fails."""
+
+import importlib.util
+import os
+import signal
+import sys
+from typing import Any, NoReturn
+
+import typer
+
+from ringmoe_cli import __version__, console
+from ringmoe_cli.errors import RingmoeError
+
+COMMANDS = tuple(c for c in ("demo", "tile", "pretrain", "finetune", "evaluate", "prune", "predict", "embed", "inspect", "plan", "convert") if importlib.util.find_spec(f"ringmoe_cli.commands.{c}"))  # fmt: skip
+"""Each is a function of the same name in `ringmoe_cli.commands.<name>`, in the order of use."""
+
+app = typer.Typer(
+    name="ringmoe",
+    help="RingMoE: from satellite scenes to maps. Start with `ringmoe demo`.",
+    no_args_is_help=True,
+    rich_markup_mode="markdown",
+    pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+
+
+def show_version(value: bool) -> None:
+    """Print the version and stop."""
+    if value:
+        console.result(__version__)
+        raise typer.Exit
+
+
+@app.callback()
+def root(
+    version: bool = typer.Option(
+        False, "--version", callback=show_version, is_eager=True, help="Print the version."
+    ),
+) -> None:
+    """RingMoE: from satellite scenes to maps. Start with `ringmoe demo`."""
+
+
+for _name in COMMANDS:
+    app.command(_name)(getattr(importlib.import_module(f"ringmoe_cli.commands.{_name}"), _name))
+
+
+def interrupted(*_: Any) -> NoReturn:
+    """SIGTERM ends a command as Ctrl-C does, so that it can save its state."""
+    raise KeyboardInterrupt
+
+
+def main() -> NoReturn:
+    """Run the command line.
+
+    Exit codes: 0 done, 1 failed with one line on stderr, 2 usage, 130 interrupted.
+    A closed pipe is silence.
+    """
+    signal.signal(signal.SIGTERM, interrupted)
+    try:
+        app(standalone_mode=True)
+    except BrokenPipeError:
+        silence_stdout()
+        sys.exit(0)
+    except KeyboardInterrupt:
+        sys.exit(130)
+    except (RingmoeError, ValueError, OSError, MemoryError) as failure:
+        if os.environ.get("RINGMOE_TRACEBACK"):
+            raise
+        console.error(one_line(failure))
+        sys.exit(1)
+    sys.exit(0)
+
+
+def one_line(failure: BaseException) -> str:
+    """What went wrong, on one line."""
+    text = " ".join(str(failure).split()) or type(failure).__name__
+    if isinstance(failure, MemoryError):
+        return f"out of memory: {text}"
+    return text
+
+
+def silence_stdout() -> None:
+    """Keep Python from complaining about the closed pipe once more at exit."""
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
