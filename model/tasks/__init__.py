@@ -2,7 +2,7 @@
 
 A head (`model.tasks.head.Head`) is an `nn.Module` built as `SomeHead(task, widths)` with
 
-    forward(features, size) -> output      features: 4 × (B·T, C·2^s, h, w), row b·T + t; size: (H, W)
+    forward(features, size) -> output      features: 4 × (B·T, C·2^s, h, w), row b·T + t
     loss(output, batch) -> Tensor          batch.targets: "classes", "values" or "boxes"
     predict(output) -> Prediction          dense, scores or boxes
     metric() -> Metric                     update(prediction, batch); compute() -> dict
@@ -12,7 +12,16 @@ and class attributes `dates` (T: 1, 2 for change, 0 for any) and `score` (the me
 `TASKS`, one recipe and one test case.
 """
 
+from model.tasks.change import Change
+from model.tasks.classification import Classification
+from model.tasks.depth import Depth
 from model.tasks.head import Head
+from model.tasks.segmentation import Segmentation
 
-TASKS: dict[str, type[Head]] = {}
+TASKS: dict[str, type[Head]] = {
+    "classification": Classification,
+    "segmentation": Segmentation,
+    "change": Change,
+    "depth": Depth,
+}
 """Task name -> head."""

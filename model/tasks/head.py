@@ -8,9 +8,7 @@ from torch import Tensor, nn
 
 from model.batch import Batch, Features, Prediction
 from model.config import TaskConfig
-
-IGNORE = 255
-"""Class index of pixels without a label: no loss, no score."""
+from model.metrics import IGNORE
 
 
 class Metric(Protocol):

@@ -1,0 +1,101 @@
+"""Necks between the encoder's four stages and a head: FPN and UPerNet (Xiao et al. 2018).
+
+GroupNorm instead of batch norm: batches are small, and a window's answer must not depend on the
+windows it is predicted with.
+"""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from model.batch import Features
+
+POOLS = (1, 2, 3, 6)
+"""Grid sizes of pyramid pooling (Zhao et al. 2017)."""
+
+
+def conv_block(inputs: int, outputs: int, kernel: int = 1) -> nn.Sequential:
+    """Convolution that keeps the size, GroupNorm, GELU."""
+    return nn.Sequential(
+        nn.Conv2d(inputs, outputs, kernel, padding=kernel // 2, bias=False),
+        nn.GroupNorm(groups_of(outputs), outputs),
+        nn.GELU(),
+    )
+
+
+def groups_of(width: int) -> int:
+    """Groups of a GroupNorm: eight, or the most that divide the width."""
+    return next(g for g in (8, 4, 2, 1) if width % g == 0)
+
+
+def resize(x: Tensor, size: tuple[int, int]) -> Tensor:
+    """Bilinear resampling of (B, C, h, w) to `size`."""
+    return F.interpolate(x, size, mode="bilinear", align_corners=False)
+
+
+class FPN(nn.Module):
+    """Feature pyramid (Lin et al. 2017): every stage at one width, coarse added to fine."""
+
+    def __init__(self, widths: tuple[int, ...], channels: int) -> None:
+        super().__init__()
+        self.laterals = nn.ModuleList(conv_block(w, channels) for w in widths)
+        self.smooths = nn.ModuleList(conv_block(channels, channels, 3) for _ in widths[:-1])
+
+    def forward(self, features: Features) -> list[Tensor]:
+        """Four maps (B, channels, h, w) on the stages' grids, fine to coarse."""
+        maps = [lateral(x) for lateral, x in zip(self.laterals, features, strict=True)]
+        for s in range(len(maps) - 2, -1, -1):
+            maps[s] = maps[s] + resize(maps[s + 1], maps[s].shape[-2:])
+        return [smooth(x) for smooth, x in zip(self.smooths, maps, strict=False)] + maps[-1:]
+
+
+class PyramidPooling(nn.Module):
+    """Context of a map from its averages over 1, 4, 9 and 36 cells."""
+
+    def __init__(self, width: int, channels: int) -> None:
+        super().__init__()
+        self.branches = nn.ModuleList(conv_block(width, channels) for _ in POOLS)
+        self.mix = conv_block(width + len(POOLS) * channels, width)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(B, width, h, w) -> the same shape."""
+        size = x.shape[-2:]
+        pooled = [
+            resize(branch(F.adaptive_avg_pool2d(x, cells)), size)
+            for branch, cells in zip(self.branches, POOLS, strict=True)
+        ]
+        return self.mix(torch.cat([x, *pooled], 1))
+
+
+class UPerNet(nn.Module):
+    """Pyramid pooling on the last stage, an FPN, and all levels mixed on the finest grid."""
+
+    def __init__(self, widths: tuple[int, ...], channels: int) -> None:
+        super().__init__()
+        self.pool = PyramidPooling(widths[-1], channels)
+        self.pyramid = FPN(widths, channels)
+        self.mix = conv_block(len(widths) * channels, channels, 3)
+
+    def forward(self, features: Features) -> Tensor:
+        """Four stages -> (B, channels, ceil(H/4), ceil(W/4))."""
+        maps = self.pyramid([*features[:-1], self.pool(features[-1])])
+        size = maps[0].shape[-2:]
+        return self.mix(torch.cat([maps[0], *(resize(x, size) for x in maps[1:])], 1))
+
+
+class PixelHead(nn.Module):
+    """From the stride-4 grid back to pixels: each token answers for its own 4 × 4 pixels.
+
+    A token was embedded from those very pixels, so it can say where a border runs between them,
+    which upsampled logits cannot.
+    """
+
+    def __init__(self, channels: int, outputs: int, stride: int = 4) -> None:
+        super().__init__()
+        self.stride = stride
+        self.answer = nn.Conv2d(channels, outputs * stride**2, 1)
+
+    def forward(self, x: Tensor, size: tuple[int, int]) -> Tensor:
+        """(B, channels, ceil(H/4), ceil(W/4)) -> (B, outputs, H, W)."""
+        pixels = F.pixel_shuffle(self.answer(x), self.stride)
+        return pixels[..., : size[0], : size[1]]

@@ -1,0 +1,98 @@
+"""Change detection between two dates: a bitemporal transformer (BIT, Chen et al. 2021)."""
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from model.batch import Batch, Features, Prediction
+from model.config import TaskConfig
+from model.decoders import PixelHead, UPerNet
+from model.tasks.head import Head, pixel_classes
+from model.tasks.segmentation import PixelScores, pixel_cross_entropy
+
+TOKENS = 4
+"""Semantic tokens per date (Chen et al. 2021)."""
+
+
+class Change(Head):
+    """Both dates as a few words, the words discussed together, then compared pixel by pixel.
+
+    Encoder, neck, tokeniser and transformer share their weights between the dates, and the answer
+    is read from |difference|: swapping the dates changes nothing.
+    """
+
+    dates = 2
+    score = "change_f1"
+
+    def __init__(self, task: TaskConfig, widths: tuple[int, ...]) -> None:
+        super().__init__(task, widths)
+        width = task.channels
+        self.neck = UPerNet(widths, width)
+        self.tokenise = nn.Conv2d(width, TOKENS, 1)
+        self.discuss = nn.TransformerEncoderLayer(
+            width, 8, 2 * width, dropout=0.0, activation="gelu", batch_first=True, norm_first=True
+        )
+        self.refine = CrossAttention(width)
+        self.compare = PixelHead(width, len(task.classes))
+
+    def forward(self, features: Features, size: tuple[int, int]) -> Tensor:
+        """Logits (B, K, H, W) from maps of 2·B dates."""
+        maps = self.neck(features)  # (2B, C, h, w), rows b·2 + t
+        words = self.discuss(self.words(maps).unflatten(0, (-1, 2)).flatten(1, 2))
+        words = words.unflatten(1, (2, TOKENS)).flatten(0, 1)  # (2B, L, C)
+        before, after = self.refine(maps, words).unflatten(0, (-1, 2)).unbind(1)
+        logits: Tensor = self.compare((after - before).abs(), size)
+        return logits
+
+    def words(self, maps: Tensor) -> Tensor:
+        """Semantic tokens (2B, L, C): averages of the map under L learned attention maps."""
+        attention = self.tokenise(maps).flatten(2).softmax(-1)  # (2B, L, hw)
+        return attention @ maps.flatten(2).transpose(1, 2)
+
+    def loss(self, output: Tensor, batch: Batch) -> Tensor:
+        """Mean cross-entropy of labelled pixels that are valid at both dates."""
+        return pixel_cross_entropy(output, pixel_classes(batch))
+
+    def predict(self, output: Tensor) -> Prediction:
+        """Class probabilities (B, K, H, W); class 0 is "no change"."""
+        return Prediction(dense=output.float().softmax(1))
+
+    def metric(self) -> "ChangeScores":
+        """F1 and IoU of the changed pixels, beside the confusion matrix."""
+        return ChangeScores(len(self.task.classes))
+
+
+class CrossAttention(nn.Module):
+    """Every pixel of a map listens to the words of its date (pre-norm, residual)."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.norm = nn.LayerNorm(width)
+        self.attend = nn.MultiheadAttention(width, 8, batch_first=True)
+        self.mlp = nn.Sequential(
+            nn.LayerNorm(width), nn.Linear(width, 2 * width), nn.GELU(), nn.Linear(2 * width, width)
+        )
+
+    def forward(self, maps: Tensor, words: Tensor) -> Tensor:
+        """(B, C, h, w) maps and (B, L, C) words -> (B, C, h, w)."""
+        x = maps.flatten(2).transpose(1, 2)
+        x = x + self.attend(self.norm(x), words, words, need_weights=False)[0]
+        x = x + self.mlp(x)
+        return x.transpose(1, 2).reshape(maps.shape)
+
+
+class ChangeScores(PixelScores):
+    """Scores of change maps; class 0 is "no change"."""
+
+    def compute(self) -> dict[str, Any]:
+        """As `ConfusionMatrix.compute`, and F1, IoU, precision, recall of "changed or not"."""
+        n = self.confusion.counts.double()
+        hit, missed, invented = n[1:, 1:].sum(), n[1:, 0].sum(), n[0, 1:].sum()
+        found: dict[str, Tensor] = {
+            "change_f1": 2 * hit / (2 * hit + missed + invented),
+            "change_iou": hit / (hit + missed + invented),
+            "change_precision": hit / (hit + invented),
+            "change_recall": hit / (hit + missed),
+        }
+        return {**{k: float(torch.nan_to_num(v)) for k, v in found.items()}, **super().compute()}
