@@ -1,0 +1,225 @@
+"""Attention inside shifted windows, in the forms of Swin V2 and Swin V1.
+
+Liu et al. 2022 (Swin V2): scaled cosine attention with a continuous position bias.
+Liu et al. 2021 (Swin V1): scaled dot product with a table of biases, as in the RingMoE release.
+"""
+
+import math
+from dataclasses import dataclass
+from functools import lru_cache
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from model.patch import pad_to_multiple
+
+OTHER_REGION = -100.0
+"""Added to the logit of a pair that only a cyclic shift brought into one window (Swin)."""
+LOG_100 = math.log(100)
+"""Largest logarithm of the logit scale (Liu et al. 2022)."""
+
+
+@dataclass(frozen=True)
+class WindowGrid:
+    """How a grid of tokens is cut into windows: padded to whole ones, then shifted cyclically."""
+
+    height: int
+    """Rows of tokens."""
+    width: int
+    """Columns of tokens."""
+    window: int
+    """Side of a window in tokens."""
+    shift: int = 0
+    """Cyclic shift in tokens; it falls away along a side that fits into one window."""
+
+    @property
+    def padded(self) -> tuple[int, int]:
+        """Rows and columns after padding."""
+        return self.height + -self.height % self.window, self.width + -self.width % self.window
+
+    @property
+    def offset(self) -> tuple[int, int]:
+        """The shift that applies to rows and columns."""
+        return (
+            self.shift if self.height > self.window else 0,
+            self.shift if self.width > self.window else 0,
+        )
+
+    @property
+    def windows(self) -> int:
+        """Windows of one image."""
+        return self.padded[0] * self.padded[1] // self.window**2
+
+    @property
+    def whole(self) -> bool:
+        """Neither padded nor shifted: every pair in a window may meet."""
+        return self.padded == (self.height, self.width) and self.offset == (0, 0)
+
+    def split(self, x: Tensor) -> Tensor:
+        """(B, H, W, C) -> (B·windows, N, C)."""
+        x = pad_to_multiple(x, self.window)
+        if self.offset != (0, 0):
+            x = x.roll((-self.offset[0], -self.offset[1]), (1, 2))
+        rows, columns = (side // self.window for side in self.padded)
+        x = x.unflatten(2, (columns, self.window)).unflatten(1, (rows, self.window))
+        return x.transpose(2, 3).reshape(-1, self.window**2, x.shape[-1])
+
+    def join(self, x: Tensor) -> Tensor:
+        """(B·windows, N, C) -> (B, H, W, C), inverse of `split`."""
+        rows, columns = (side // self.window for side in self.padded)
+        x = x.reshape(-1, rows, columns, self.window, self.window, x.shape[-1])
+        x = x.transpose(2, 3).flatten(3, 4).flatten(1, 2)
+        if self.offset != (0, 0):
+            x = x.roll(self.offset, (1, 2))
+        return x[:, : self.height, : self.width]
+
+
+def attention_mask(grid: WindowGrid, valid: Tensor) -> Tensor:
+    """What to add to the logits so that strangers do not meet.
+
+    Tokens from different ends of the image (brought together by the shift) get -100 as in Swin;
+    padding and invalid tokens are cut off from valid ones altogether.
+
+    Args:
+        grid: the windows.
+        valid: (B, H, W) bool, tokens that hold data.
+
+    Returns:
+        (B, windows, N, N) float32.
+    """
+    region = grid.split(region_image(grid, valid.device)).squeeze(-1)
+    real = grid.split(valid[..., None]).squeeze(-1).unflatten(0, (-1, grid.windows))
+    apart = (region[:, :, None] != region[:, None, :]).float() * OTHER_REGION
+    return apart.where(real[..., :, None] == real[..., None, :], -torch.inf)
+
+
+def region_image(grid: WindowGrid, device: torch.device) -> Tensor:
+    """(1, H, W, 1) region ids such that equal ids in a shifted window were neighbours before."""
+
+    wrapped_row = torch.arange(grid.height, device=device) < grid.offset[0]
+    wrapped_column = torch.arange(grid.width, device=device) < grid.offset[1]
+    return (2 * wrapped_row[:, None] + wrapped_column)[None, ..., None].to(torch.int8)
+
+
+@lru_cache(maxsize=64)
+def grid_mask(grid: WindowGrid, device: torch.device) -> Tensor:
+    """The mask of a grid whose tokens are all valid, (1, windows, N, N); built once per shape."""
+    with torch.inference_mode(False):
+        everywhere = torch.ones(1, grid.height, grid.width, dtype=torch.bool, device=device)
+        return attention_mask(grid, everywhere)
+
+
+@lru_cache(maxsize=64)
+def relative_index(window: int, device: torch.device) -> Tensor:
+    """(N·N,) index of each pair of tokens into a table of (2w-1)² relative positions."""
+    with torch.inference_mode(False):
+        place = torch.arange(window, device=device)
+        row, column = place.repeat_interleave(window), place.repeat(window)
+        down = row[:, None] - row[None, :] + window - 1
+        right = column[:, None] - column[None, :] + window - 1
+        return (down * (2 * window - 1) + right).flatten()
+
+
+@lru_cache(maxsize=64)
+def log_coordinates(window: int, device: torch.device) -> Tensor:
+    """((2w-1)², 2) log-spaced relative positions in [-1, 1]·log2(9)/log2(8) (Swin V2, Eq. 4)."""
+    with torch.inference_mode(False):
+        step = torch.arange(1 - window, window, device=device, dtype=torch.float32)
+        step = 8 * step / max(window - 1, 1)
+        step = step.sign() * torch.log2(step.abs() + 1) / 3
+        return torch.cartesian_prod(step, step)
+
+
+class TableBias(nn.Module):
+    """A learned bias per relative position and head (Swin V1)."""
+
+    def __init__(self, window: int, heads: int) -> None:
+        super().__init__()
+        self.window = window
+        self.table = nn.Parameter(torch.empty((2 * window - 1) ** 2, heads))
+
+    def forward(self) -> Tensor:
+        """(heads, N, N)."""
+        index = relative_index(self.window, self.table.device)
+        return self.table[index].T.unflatten(1, (self.window**2, -1))
+
+
+class ContinuousBias(nn.Module):
+    """A small network from relative position to a bias per head, 16·sigmoid (Swin V2)."""
+
+    def __init__(self, window: int, heads: int) -> None:
+        super().__init__()
+        self.window = window
+        self.fc1 = nn.Linear(2, 512)
+        self.fc2 = nn.Linear(512, heads, bias=False)
+
+    def forward(self) -> Tensor:
+        """(heads, N, N)."""
+        place = log_coordinates(self.window, self.fc1.weight.device).to(self.fc1.weight.dtype)
+        table = 16 * torch.sigmoid(self.fc2(F.relu(self.fc1(place))))
+        index = relative_index(self.window, table.device)
+        return table[index].T.unflatten(1, (self.window**2, -1))
+
+
+class WindowAttention(nn.Module):
+    """Multi-head attention among the tokens of each window."""
+
+    def __init__(self, width: int, heads: int, window: int, kind: str) -> None:
+        super().__init__()
+        self.heads = heads
+        self.cosine = kind == "swin_v2"
+        self.qkv = nn.Linear(width, 3 * width, bias=False)
+        self.q_bias = nn.Parameter(torch.zeros(width))
+        self.v_bias = nn.Parameter(torch.zeros(width))
+        self.proj = nn.Linear(width, width)
+        if self.cosine:
+            self.logit_scale = nn.Parameter(torch.full((heads, 1, 1), 10.0).log())
+            self.position: nn.Module = ContinuousBias(window, heads)
+        else:
+            self.k_bias = nn.Parameter(torch.zeros(width))
+            self.position = TableBias(window, heads)
+
+    def forward(self, x: Tensor, grid: WindowGrid, valid: Tensor | None = None) -> Tensor:
+        """Attend within the windows of a grid.
+
+        Args:
+            x: (B, H, W, C) tokens.
+            grid: how they are cut into windows.
+            valid: (B, H, W) bool; invalid tokens are not seen by valid ones. None: all valid.
+
+        Returns:
+            (B, H, W, C).
+        """
+        q, k, v = self.project(grid.split(x))  # each (B·windows, heads, N, C/heads)
+        bias = self.position()
+        if valid is None and grid.whole:
+            out = attend(q, k, v, bias[None].to(q.dtype))
+        else:
+            mask = grid_mask(grid, x.device) if valid is None else attention_mask(grid, valid)
+            both = (
+                (mask[:, :, None] + bias).flatten(1, 2).to(q.dtype)
+            )  # (1 or B, windows·heads, N, N)
+            q, k, v = (t.reshape(len(x), -1, *t.shape[2:]) for t in (q, k, v))
+            out = attend(q, k, v, both).unflatten(1, (-1, self.heads)).flatten(0, 1)
+        joined: Tensor = self.proj(out.transpose(1, 2).flatten(2))
+        return grid.join(joined)
+
+    def project(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Queries, keys and values, the scale of the logits folded into the queries."""
+        k_bias = torch.zeros_like(self.q_bias) if self.cosine else self.k_bias
+        qkv = F.linear(x, self.qkv.weight, torch.cat([self.q_bias, k_bias, self.v_bias]))
+        q, k, v = qkv.unflatten(-1, (3, self.heads, -1)).permute(2, 0, 3, 1, 4)
+        if self.cosine:  # Liu et al. 2022, Eq. 2
+            scale = self.logit_scale.clamp(max=LOG_100).exp()
+            q, k = F.normalize(q, dim=-1) * scale.to(q.dtype), F.normalize(k, dim=-1)
+        else:
+            q = q * q.shape[-1] ** -0.5
+        return q, k.to(v.dtype), v
+
+
+def attend(q: Tensor, k: Tensor, v: Tensor, bias: Tensor) -> Tensor:
+    """softmax(q·kᵀ + bias)·v over (B, heads, N, d)."""
+    return F.scaled_dot_product_attention(
+        q.to(v.dtype), k, v, attn_mask=bias.to(v.dtype), scale=1.0
+    )

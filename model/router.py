@@ -1,0 +1,142 @@
+"""Which expert sees which token, how much it counts, and how evenly the work is spread.
+
+A token meets two routers: that of its modality and the collaborative one (RingMoE Eq. 3).
+"""
+
+import math
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from model.config import ModelConfig
+
+
+@dataclass
+class BranchRouting:
+    """What one router did with its tokens, summed over them."""
+
+    counts_E: Tensor
+    """(E,) int64: choices of each expert, before any were dropped."""
+    probability_E: Tensor
+    """(E,) sums of the softmax probabilities; carries the gradient of the balance loss."""
+    tokens: int
+    """Tokens that met this router."""
+    dropped: int = 0
+    """Choices that found their expert full."""
+
+    def __add__(self, other: "BranchRouting") -> "BranchRouting":
+        """The two seen as one."""
+        return BranchRouting(
+            self.counts_E + other.counts_E,
+            self.probability_E + other.probability_E,
+            self.tokens + other.tokens,
+            self.dropped + other.dropped,
+        )
+
+
+@dataclass
+class LayerRouting:
+    """Routing statistics of one RMoE layer."""
+
+    branches: dict[str, BranchRouting]
+    """"collaborative" and "specialised.<modality>", those that exist and saw tokens."""
+
+    def __add__(self, other: "LayerRouting") -> "LayerRouting":
+        """The two seen as one."""
+        merged = dict(self.branches)
+        for name, branch in other.branches.items():
+            merged[name] = merged[name] + branch if name in merged else branch
+        return LayerRouting(merged)
+
+
+@dataclass
+class Assignment:
+    """Tokens sorted by the expert that takes them; N assignments of T tokens."""
+
+    rows_N: Tensor
+    """Token of each assignment; ascending within an expert."""
+    gate_N: Tensor
+    """Weight of the expert's output."""
+    counts: list[int]
+    """Assignments of each present expert; they sum to N."""
+
+
+class Router(nn.Module):
+    """Scores the experts of a branch for each token; always in float32 or better.
+
+    A pruned branch keeps all rows of its router: only `kept` experts can be chosen, but the
+    softmax still runs over all, so that the weights stay those of the parent.
+    """
+
+    def __init__(
+        self, experts: int, width: int, kept: tuple[int, ...], config: ModelConfig
+    ) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.empty(experts, width))
+        self.kept = kept
+        self.top_k = min(config.top_k, len(kept))
+        self.gate = config.gate
+        self.capacity_factor = config.capacity_factor
+
+    def forward(self, x_TD: Tensor) -> tuple[Assignment, BranchRouting]:
+        """Choose experts for (T, D) tokens (RingMoE Eq. 3: the gates g_k)."""
+        with torch.autocast(x_TD.device.type, enabled=False):
+            wide = torch.promote_types(x_TD.dtype, torch.float32)
+            probability_TE = F.linear(x_TD.to(wide), self.weight.to(wide)).softmax(-1)
+        gate_TK, choice_TK = self.choose(probability_TE)
+        counts_E = torch.bincount(choice_TK.flatten(), minlength=len(self.kept))
+        kept_counts_E = counts_E.new_zeros(len(self.weight))
+        kept_counts_E[list(self.kept)] = counts_E
+        assignment = self.assign(gate_TK, choice_TK, counts_E)
+        dropped = choice_TK.numel() - len(assignment.rows_N)
+        return assignment, BranchRouting(kept_counts_E, probability_TE.sum(0), len(x_TD), dropped)
+
+    def choose(self, probability_TE: Tensor) -> tuple[Tensor, Tensor]:
+        """The top k present experts of each token, and their weights."""
+        if len(self.kept) < len(self.weight):
+            probability_TE = probability_TE[:, list(self.kept)]
+        gate_TK, choice_TK = probability_TE.topk(self.top_k, dim=-1)
+        if self.gate == "normalized":
+            gate_TK = gate_TK / gate_TK.sum(-1, keepdim=True)
+        return gate_TK, choice_TK
+
+    def assign(self, gate_TK: Tensor, choice_TK: Tensor, counts_E: Tensor) -> Assignment:
+        """Sort the choices by expert; first choices, then earlier tokens, win a full expert."""
+        tokens, k = choice_TK.shape
+        choice_N = choice_TK.T.flatten()
+        order_N = choice_N.argsort(stable=True)
+        counts = counts_E.tolist()
+        if self.capacity_factor is not None:
+            room = math.ceil(k * tokens * self.capacity_factor / len(self.kept))
+            first = counts_E.cumsum(0) - counts_E
+            place_N = torch.arange(len(order_N), device=order_N.device) - first[choice_N[order_N]]
+            order_N = order_N[place_N < room]
+            counts = [min(count, room) for count in counts]
+        return Assignment(
+            order_N % tokens if tokens else order_N, gate_TK.T.flatten()[order_N], counts
+        )
+
+
+def balance_loss(routing: list[LayerRouting]) -> Tensor:
+    """How unevenly the routers spread their tokens, summed over layers; 1 per even branch.
+
+    E·Σ f_e·P_e of the collaborative branch plus its mean over the modalities' specialised ones
+    (RingMoE §3.3, after Switch): f is the share of choices before dropping, P the mean softmax
+    probability. The caller multiplies by the weight.
+    """
+    total = torch.zeros(())
+    for layer in routing:
+        collaborative = [b for n, b in layer.branches.items() if n == "collaborative"]
+        specialised = [b for n, b in layer.branches.items() if n != "collaborative"]
+        for group in (collaborative, specialised):
+            if group:
+                total = sum((imbalance(b) for b in group), torch.zeros(())) / len(group) + total
+    return total
+
+
+def imbalance(branch: BranchRouting) -> Tensor:
+    """E·Σ f_e·P_e of one branch."""
+    f_E = branch.counts_E / branch.counts_E.sum().clamp(min=1)
+    return len(f_E) * (f_E * branch.probability_E).sum() / max(branch.tokens, 1)
