@@ -59,11 +59,9 @@ class TaskNetwork(nn.Module):
         super().__init__()
         if task.name not in TASKS:
             raise ValueError(f"unknown task {task.name!r}; choose from {', '.join(TASKS)}")
-        missing = set(task.modalities) - set(config.modalities)
+        missing = [m for m in task.modalities if m not in config.channels]
         if missing:
-            raise ValueError(
-                f"the model has no {', '.join(sorted(missing))}; it reads {', '.join(config.channels)}"
-            )
+            raise ValueError(f"the model reads {', '.join(config.channels)}, not {missing[0]}")
         self.config = config
         self.task = task
         self.balance_weight = balance_weight
