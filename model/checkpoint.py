@@ -15,12 +15,11 @@ from pathlib import Path
 from typing import Any, Literal, Self
 
 import torch
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from model.config import ModelConfig, PretrainConfig, TaskConfig
 from model.normalisation import Normalisation
+from model.shards import Entry, Files, Spec, read_header, write_shard
 
 CONFIG = "config.json"
 INDEX = "model.safetensors.index.json"
@@ -109,8 +108,8 @@ def save_checkpoint(
     total = 0
     for shard in shards(tensors, shard_bytes):
         part = directory / f".shard-{len(parts)}.part"
-        save_file({n: t.detach().cpu().contiguous() for n, t in shard.items()}, part, metadata)
-        synced(part)
+        specs = [Spec(name, t.dtype, tuple(t.shape)) for name, t in shard.items()]
+        write_shard(part, specs, (t.detach().cpu() for t in shard.values()), metadata)
         parts.append((part, list(shard)))
         total += sum(t.nbytes for t in shard.values())
     publish(directory, parts, total, text)
@@ -202,34 +201,51 @@ def weight_map(directory: Path | str) -> dict[str, str]:
     return dict(names)
 
 
-def read_tensors(directory: Path | str, names: Iterable[str]) -> Iterator[tuple[str, Tensor]]:
-    """Read tensors by their names on disk, shard by shard.
+def open_tensors(directory: Path | str, names: Iterable[str] | None = None) -> dict[str, Entry]:
+    """Where tensors are, in the order of their bytes; reads the headers of their shards only.
+
+    Args:
+        directory: the checkpoint.
+        names: names on disk; None means every tensor.
 
     Raises:
         ValueError: naming the tensor or shard that is missing, truncated, or from another save.
     """
     directory = Path(directory)
     where = weight_map(directory)
-    wanted: dict[str, list[str]] = {}
-    for name in names:
-        if name not in where:
-            raise ValueError(f"{directory} has no tensor {name}")
-        wanted.setdefault(where[name], []).append(name)
+    wanted = list(where if names is None else names)
+    absent = next((name for name in wanted if name not in where), None)
+    if absent is not None:
+        raise ValueError(f"{directory} has no tensor {absent}")
     expected = fingerprint((directory / CONFIG).read_text())
-    for shard, members in wanted.items():
-        try:
-            with safe_open(directory / shard, framework="pt") as file:
-                check_shard(directory / shard, file.metadata(), expected)
-                for name in members:
-                    yield name, file.get_tensor(name)
-        except (SafetensorError, FileNotFoundError) as damage:
-            raise ValueError(f"{directory / shard} is missing or damaged: {damage}") from damage
+    known: dict[str, Entry] = {}
+    for shard in dict.fromkeys(where[name] for name in wanted):
+        entries, metadata = read_header(directory / shard)
+        check_shard(directory / shard, metadata, expected)
+        known.update(entries)
+    lost = next((name for name in wanted if name not in known), None)
+    if lost is not None:
+        raise ValueError(f"{directory / where[lost]} lacks {lost}, which {INDEX} puts there")
+    found = {name: known[name] for name in wanted}
+    return dict(sorted(found.items(), key=lambda item: (item[1].path, item[1].start)))
 
 
-def check_shard(shard: Path, metadata: Mapping[str, str] | None, expected: str) -> None:
+def read_tensors(directory: Path | str, names: Iterable[str]) -> Iterator[tuple[str, Tensor]]:
+    """Read tensors by their names on disk, in the order of their bytes.
+
+    Raises:
+        ValueError: as `open_tensors`.
+    """
+    with Files() as files:
+        for name, entry in open_tensors(directory, names).items():
+            tensor = torch.empty(entry.spec.shape, dtype=entry.spec.dtype)
+            files.read(entry, tensor)
+            yield name, tensor
+
+
+def check_shard(shard: Path, metadata: Mapping[str, str], expected: str) -> None:
     """Refuse a shard that belongs to another save of the same folder."""
-    found = (metadata or {}).get("ringmoe", expected)
-    if found != expected:
+    if metadata.get("ringmoe", expected) != expected:
         raise ValueError(f"{shard} belongs to another save than {CONFIG}; resume or save again")
 
 
@@ -238,7 +254,8 @@ def load_module(directory: Path | str, module: nn.Module, prefix: str = "") -> N
 
     Args:
         directory: the checkpoint.
-        module: may hold a part of the checkpoint (one modality, the encoder without its head).
+        module: may hold a part of the checkpoint (one modality, the encoder without its head);
+            built on the meta device it gets memory in the checkpoint's dtypes, without a copy.
         prefix: put before the module's own names, e.g. "encoder.".
 
     Raises:
@@ -247,11 +264,36 @@ def load_module(directory: Path | str, module: nn.Module, prefix: str = "") -> N
     slots: dict[str, Tensor] = {}
     for name, tensor in module.state_dict(prefix=prefix).items():
         slots.update(disk_names(name, tensor))
-    with torch.no_grad():
-        for name, tensor in read_tensors(directory, slots):
-            if tensor.shape != slots[name].shape:
-                raise ValueError(
-                    f"{directory}: {name} is {tuple(tensor.shape)}, "
-                    f"but the model has {tuple(slots[name].shape)}"
-                )
-            slots[name].copy_(tensor)
+    entries = open_tensors(directory, slots)
+    if any(tensor.is_meta for tensor in slots.values()):
+        slots = allocate(module, entries, prefix)
+    with torch.no_grad(), Files() as files:
+        for name, entry in entries.items():
+            fill(files, entry, slots[name])
+
+
+def allocate(module: nn.Module, entries: Mapping[str, Entry], prefix: str) -> dict[str, Tensor]:
+    """Give a module built on the meta device memory in the checkpoint's dtypes; its slots."""
+    slots: dict[str, Tensor] = {}
+    for name, parameter in list(module.named_parameters()):
+        first = disk_names(prefix + name, parameter)[0][0]
+        memory = torch.empty(parameter.shape, dtype=entries[first].spec.dtype)
+        owner = module.get_submodule(name.rpartition(".")[0])
+        setattr(owner, name.rpartition(".")[2], nn.Parameter(memory, parameter.requires_grad))
+        slots.update(disk_names(prefix + name, memory))
+    return slots
+
+
+def fill(files: Files, entry: Entry, slot: Tensor) -> None:
+    """Read a tensor straight into its place, or through a copy where dtype or device differ."""
+    if entry.spec.shape != tuple(slot.shape):
+        raise ValueError(
+            f"{entry.path.parent}: {entry.spec.name} is {entry.spec.shape}, "
+            f"but the model has {tuple(slot.shape)}"
+        )
+    if entry.spec.dtype == slot.dtype and slot.is_cpu and slot.is_contiguous():
+        files.read(entry, slot)
+        return
+    tensor = torch.empty(entry.spec.shape, dtype=entry.spec.dtype)
+    files.read(entry, tensor)
+    slot.copy_(tensor)
