@@ -260,8 +260,8 @@ def write_raster(
     profile = {
         "driver": "GTiff", "dtype": values.dtype, "count": values.shape[0],
         "height": values.shape[1], "width": values.shape[2], "crs": CRS,
-        "transform": Affine(GSD, 0, origin[0], 0, -GSD, origin[1]), "tiled": True, "compress": "zstd",
-        "blockxsize": 256, "blockysize": 256,
+        "transform": Affine(GSD, 0, origin[0], 0, -GSD, origin[1]), "tiled": True,
+        "blockxsize": 256, "blockysize": 256, "compress": "zstd",
     }  # fmt: skip
     with rasterio.open(part, "w", **profile) as out:
         out.write(values)
