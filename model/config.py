@@ -193,6 +193,8 @@ class TaskConfig:
     """Depth: unit of the values, metres for heights."""
     channels: int = 256
     """Width of the decoder; 64 is enough for `nano`."""
+    adapter: int = 0
+    """Width of the Convpass bypasses beside the encoder's blocks; 0: none."""
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> Self:

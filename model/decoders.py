@@ -4,6 +4,8 @@ GroupNorm instead of batch norm: batches are small, and a window's answer must n
 windows it is predicted with.
 """
 
+from collections.abc import Sequence
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -28,9 +30,9 @@ def groups_of(width: int) -> int:
     return next(g for g in (8, 4, 2, 1) if width % g == 0)
 
 
-def resize(x: Tensor, size: tuple[int, int]) -> Tensor:
+def resize(x: Tensor, size: Sequence[int]) -> Tensor:
     """Bilinear resampling of (B, C, h, w) to `size`."""
-    return F.interpolate(x, size, mode="bilinear", align_corners=False)
+    return F.interpolate(x, list(size), mode="bilinear", align_corners=False)
 
 
 class FPN(nn.Module):
@@ -64,7 +66,8 @@ class PyramidPooling(nn.Module):
             resize(branch(F.adaptive_avg_pool2d(x, cells)), size)
             for branch, cells in zip(self.branches, POOLS, strict=True)
         ]
-        return self.mix(torch.cat([x, *pooled], 1))
+        mixed: Tensor = self.mix(torch.cat([x, *pooled], 1))
+        return mixed
 
 
 class UPerNet(nn.Module):
@@ -80,7 +83,8 @@ class UPerNet(nn.Module):
         """Four stages -> (B, channels, ceil(H/4), ceil(W/4))."""
         maps = self.pyramid([*features[:-1], self.pool(features[-1])])
         size = maps[0].shape[-2:]
-        return self.mix(torch.cat([maps[0], *(resize(x, size) for x in maps[1:])], 1))
+        mixed: Tensor = self.mix(torch.cat([maps[0], *(resize(x, size) for x in maps[1:])], 1))
+        return mixed
 
 
 class PixelHead(nn.Module):

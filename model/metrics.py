@@ -113,7 +113,7 @@ class RegressionErrors:
         p, t = predicted[known].double(), truth[known].double()
         positive = t > 0
         ratio = torch.maximum(p[positive] / t[positive], t[positive] / p[positive].clamp(min=1e-9))
-        gathered = {
+        gathered: dict[str, Tensor | int] = {
             "n": p.numel(), "error": (p - t).sum(), "absolute": (p - t).abs().sum(),
             "squared": ((p - t) ** 2).sum(), "truth": t.sum(), "truth2": (t**2).sum(),
             "relative": ((p - t).abs() / t)[positive].sum(), "positive": positive.sum(),

@@ -39,16 +39,18 @@ class Change(Head):
     def forward(self, features: Features, size: tuple[int, int]) -> Tensor:
         """Logits (B, K, H, W) from maps of 2·B dates."""
         maps = self.neck(features)  # (2B, C, h, w), rows b·2 + t
-        words = self.discuss(self.words(maps).unflatten(0, (-1, 2)).flatten(1, 2))
-        words = words.unflatten(1, (2, TOKENS)).flatten(0, 1)  # (2B, L, C)
-        before, after = self.refine(maps, words).unflatten(0, (-1, 2)).unbind(1)
+        words = self.words(maps)  # (2B, L, C)
+        words = self.discuss(words.view(-1, 2 * TOKENS, words.shape[-1])).view(words.shape)
+        refined = self.refine(maps, words)
+        before, after = refined[0::2], refined[1::2]
         logits: Tensor = self.compare((after - before).abs(), size)
         return logits
 
     def words(self, maps: Tensor) -> Tensor:
         """Semantic tokens (2B, L, C): averages of the map under L learned attention maps."""
         attention = self.tokenise(maps).flatten(2).softmax(-1)  # (2B, L, hw)
-        return attention @ maps.flatten(2).transpose(1, 2)
+        words: Tensor = attention @ maps.flatten(2).transpose(1, 2)
+        return words
 
     def loss(self, output: Tensor, batch: Batch) -> Tensor:
         """Mean cross-entropy of labelled pixels that are valid at both dates."""
@@ -79,7 +81,8 @@ class CrossAttention(nn.Module):
         x = maps.flatten(2).transpose(1, 2)
         x = x + self.attend(self.norm(x), words, words, need_weights=False)[0]
         x = x + self.mlp(x)
-        return x.transpose(1, 2).reshape(maps.shape)
+        refined: Tensor = x.transpose(1, 2).reshape(maps.shape)
+        return refined
 
 
 class ChangeScores(PixelScores):

@@ -34,7 +34,8 @@ class Classification(Head):
         """Mean cross-entropy of the samples that have a label."""
         truth = batch.targets["classes"]
         total = F.cross_entropy(output.float(), truth, ignore_index=IGNORE, reduction="sum")
-        return total / (truth != IGNORE).sum().clamp(min=1)
+        known: Tensor = (truth != IGNORE).sum().clamp(min=1)
+        return total / known
 
     def predict(self, output: Tensor) -> Prediction:
         """Class probabilities (B, K)."""

@@ -68,7 +68,8 @@ class Depth(Head):
         """Bin centres (B, BINS) that fill the range of the training heights."""
         low, high = self.task.value_range
         widths = self.widen(queries).float().squeeze(-1).softmax(-1) * (high - low)
-        return low + widths.cumsum(-1) - widths / 2
+        centres: Tensor = low + widths.cumsum(-1) - widths / 2
+        return centres
 
     def loss(self, output: DepthOutput, batch: Batch) -> Tensor:
         """Smooth L1 over known pixels plus the bin-centre term, both relative to the range."""
@@ -93,7 +94,8 @@ class Depth(Head):
 
 def known_values(batch: Batch) -> Tensor:
     """Targets (B, 1, H, W), nan where there is no label or no valid image pixel."""
-    return batch.targets["values"].masked_fill(~seen(batch)[:, None], float("nan"))
+    values: Tensor = batch.targets["values"]
+    return values.masked_fill(~seen(batch)[:, None], float("nan"))
 
 
 def chamfer(centres: Tensor, values: Tensor) -> Tensor:

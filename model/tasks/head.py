@@ -73,4 +73,5 @@ def seen(batch: Batch) -> Tensor:
 
 def pixel_classes(batch: Batch) -> Tensor:
     """Class targets (B, H, W) int64, IGNORE where no image pixel is valid."""
-    return batch.targets["classes"].masked_fill(~seen(batch), IGNORE)
+    classes: Tensor = batch.targets["classes"]
+    return classes.masked_fill(~seen(batch), IGNORE)

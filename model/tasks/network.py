@@ -7,6 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from model.adapt import insert_convpass
 from model.batch import Batch, Features, Prediction
 from model.checkpoint import CheckpointConfig, load_module, read_config
 from model.config import ModelConfig, TaskConfig
@@ -28,6 +29,12 @@ class TaskOutput:
     routing: list[LayerRouting]
     """One per block."""
 
+    @property
+    def parts(self) -> dict[str, Tensor]:
+        """What to log besides the loss; `balance` is 1 per routed branch when balanced."""
+        branches = sum(bool(layer.branches) for layer in self.routing)
+        return {"task": self.task, "balance": self.balance / max(branches, 1)}
+
 
 class TaskNetwork(nn.Module):
     """Encoder, fusion of the modalities present, head.
@@ -39,16 +46,16 @@ class TaskNetwork(nn.Module):
 
     def __init__(
         self,
-        config: ModelConfig,
+        encoder: RingMoE,
         task: TaskConfig,
         *,
         balance_weight: float = 0.004,
         modality_dropout: float = 0.0,
     ) -> None:
-        """Build with random weights.
+        """Put a head with random weights on an encoder.
 
         Args:
-            config: the encoder; its modalities must contain the task's.
+            encoder: its modalities must contain the task's.
             task: the head and what it says.
             balance_weight: weight of the routers' balance loss while the encoder trains.
             modality_dropout: chance, per training sample, to hide all modalities but one.
@@ -59,15 +66,20 @@ class TaskNetwork(nn.Module):
         super().__init__()
         if task.name not in TASKS:
             raise ValueError(f"unknown task {task.name!r}; choose from {', '.join(TASKS)}")
-        missing = [m for m in task.modalities if m not in config.channels]
+        reads = encoder.config.modalities
+        missing = [m for m in task.modalities if m not in reads]
         if missing:
-            raise ValueError(f"the model reads {', '.join(config.channels)}, not {missing[0]}")
-        self.config = config
+            raise ValueError(f"the model reads {', '.join(reads)}, not {missing[0]}")
         self.task = task
         self.balance_weight = balance_weight
         self.modality_dropout = modality_dropout
-        self.encoder = RingMoE(config)
-        self.head = TASKS[task.name](task, config.widths)
+        self.encoder = encoder
+        self.head = TASKS[task.name](task, encoder.config.widths)
+
+    @property
+    def config(self) -> ModelConfig:
+        """Sizes of the encoder."""
+        return self.encoder.config
 
     def present(self, batch: Batch) -> tuple[str, ...]:
         """The task's modalities that are in the batch, in the task's order.
@@ -174,6 +186,7 @@ def load_task_network(path: Path | str) -> tuple[TaskNetwork, CheckpointConfig]:
             f"{path} is a {config.kind} checkpoint without a task head; "
             f"run `ringmoe finetune --init {path}` first"
         )
-    network = TaskNetwork(config.model, config.task)
+    network = TaskNetwork(RingMoE(config.model), config.task)
+    insert_convpass(network.encoder, config.task.adapter)
     load_module(path, network)
     return network.eval(), config

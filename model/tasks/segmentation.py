@@ -24,7 +24,8 @@ class Segmentation(Head):
 
     def forward(self, features: Features, size: tuple[int, int]) -> Tensor:
         """Logits (B, K, H, W)."""
-        return self.classify(self.decoder(features), size)
+        logits: Tensor = self.classify(self.decoder(features), size)
+        return logits
 
     def loss(self, output: Tensor, batch: Batch) -> Tensor:
         """Mean cross-entropy of the pixels whose label is not 255 and whose image is valid."""
