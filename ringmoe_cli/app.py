@@ -1,9 +1,11 @@
 """The `ringmoe` command: one line per sub-command, and what happens when one fails."""
 
 import importlib.util
+import inspect
 import os
 import signal
 import sys
+from collections.abc import Callable
 from typing import Any, NoReturn
 
 import typer
@@ -18,7 +20,7 @@ app = typer.Typer(
     name="ringmoe",
     help="RingMoE: from satellite scenes to maps. Start with `ringmoe demo`.",
     no_args_is_help=True,
-    rich_markup_mode="markdown",
+    rich_markup_mode="rich",
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
@@ -40,8 +42,16 @@ def root(
     """RingMoE: from satellite scenes to maps. Start with `ringmoe demo`."""
 
 
+def help_text(function: Callable[..., None]) -> str:
+    """A command's docstring as help: paragraphs re-flowed, the examples left as they stand."""
+    text, _, examples = inspect.cleandoc(function.__doc__ or "").partition("\nExamples:\n")
+    paragraphs = "\n\n".join(" ".join(p.split()) for p in text.split("\n\n"))
+    return f"{paragraphs}\n\n\b\nExamples:\n{examples}"
+
+
 for _name in COMMANDS:
-    app.command(_name)(getattr(importlib.import_module(f"ringmoe_cli.commands.{_name}"), _name))
+    _command = getattr(importlib.import_module(f"ringmoe_cli.commands.{_name}"), _name)
+    app.command(_name, help=help_text(_command))(_command)
 
 
 def interrupted(*_: Any) -> NoReturn:

@@ -34,11 +34,8 @@ def inspect(
 
     Examples:
         ringmoe inspect scene.tif
-
         ringmoe inspect tiles.zarr --quicklook tiles.png
-
         ringmoe inspect runs/pre --curves loss.png --routing experts.png
-
         ringmoe inspect --preset 14b --json
     """
     from ringmoe_cli import inspection
