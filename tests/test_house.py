@@ -40,7 +40,7 @@ ONLY_IN = {
     "zarr": ("ringmoe_cli/scene/", "ringmoe_cli/cluster.py"),
     "typer": ("ringmoe_cli/app.py", "ringmoe_cli/options.py", "ringmoe_cli/commands/"),
     "rich": ("ringmoe_cli/console.py",),
-    "torch.distributed": ("model/parallel.py", "model/checkpoint.py"),
+    "torch.distributed": ("model/parallel.py", "model/checkpoint.py", "model/state.py"),
 }
 
 

@@ -1,0 +1,51 @@
+"""AdamW, its two parameter groups, and the learning rate of each step."""
+
+import re
+from math import cos, pi
+
+from torch import nn
+from torch.optim import AdamW
+
+NO_DECAY = re.compile(
+    r"(bias|mask_token|logit_scale|relative_position_bias_table)$"
+    r"|\battn\.(cpb|position)|\brouters?\."
+)
+"""Names of parameters that are not pulled towards zero, besides all vectors (norms)."""
+
+
+def adamw(network: nn.Module, lr: float, weight_decay: float) -> AdamW:
+    """AdamW .9/.999, eps 1e-8; no decay on biases, norms, mask token, position biases, routers.
+
+    Frozen parameters are left out.
+    """
+    groups: dict[bool, list[nn.Parameter]] = {True: [], False: []}
+    for name, parameter in network.named_parameters():
+        if parameter.requires_grad:
+            groups[decays(name, parameter)].append(parameter)
+    return AdamW(
+        [
+            {"params": groups[True], "weight_decay": weight_decay},
+            {"params": groups[False], "weight_decay": 0.0},
+        ],
+        lr=lr,
+        betas=(0.9, 0.999),
+        eps=1e-8,
+    )
+
+
+def decays(name: str, parameter: nn.Parameter) -> bool:
+    """Whether weight decay applies to a parameter."""
+    return parameter.ndim > 1 and NO_DECAY.search(name) is None
+
+
+def learning_rate(
+    step: int, steps: int, peak: float, lowest: float, warmup: int, start: float = 1e-6
+) -> float:
+    """Learning rate of update `step` = 0, 1, … of `steps`: linear warm-up, then cosine.
+
+    The cosine is counted from step 0, as in the release, so that it is already below the peak
+    when the warm-up ends.
+    """
+    if step < warmup:
+        return start + (peak - start) * step / warmup
+    return lowest + (peak - lowest) * (1 + cos(pi * step / steps)) / 2

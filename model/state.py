@@ -1,0 +1,110 @@
+"""Training state: what a run needs to go on as if it had never stopped.
+
+`state/step-00000400/` holds weights and optimiser as torch DCP in safetensors (no pickle), sharded
+by rank and resharded on load. `state/latest` names the newest complete one and is replaced
+atomically, so that a half-written directory is never loaded.
+"""
+
+import shutil
+import warnings
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+from torch.distributed.checkpoint import state_dict_loader, state_dict_saver
+from torch.distributed.checkpoint.hf_storage import (
+    HuggingFaceStorageReader,
+    HuggingFaceStorageWriter,
+)
+from torch.optim import Optimizer
+
+from model.checkpoint import synced, write_text
+
+MOMENTS = ("step", "exp_avg", "exp_avg_sq")
+"""What AdamW remembers of each parameter."""
+
+
+class TrainingState:
+    """The `state/` folder of a run."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+
+    def latest(self) -> int:
+        """Step of the newest complete state; 0 if there is none."""
+        pointer = self.folder / "latest"
+        return int(pointer.read_text()) if pointer.is_file() else 0
+
+    def path(self, step: int) -> Path:
+        """Folder of one state."""
+        return self.folder / f"step-{step:08d}"
+
+    def write(self, step: int, network: nn.Module, optimiser: Optimizer) -> None:
+        """Write a state; it becomes the one to resume from with `commit`."""
+        path = self.path(step)
+        shutil.rmtree(path, ignore_errors=True)
+        path.mkdir(parents=True)
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", message="torch.distributed is disabled")
+            writer = HuggingFaceStorageWriter(str(path), save_distributed=True)
+            state_dict_saver.save(tensors_of(network, optimiser), storage_writer=writer)
+        for file in [*path.iterdir(), path]:
+            synced(file)
+
+    def commit(self, step: int, keep_last: int, keep_every: int = 0) -> None:
+        """Point `latest` to a written state and remove those rotated out.
+
+        Args:
+            step: of the state.
+            keep_last: how many of the newest states stay.
+            keep_every: states of every so many steps stay for good; 0 for none.
+        """
+        write_text(self.folder / "latest", f"{step}\n")
+        others = [int(p.name[5:]) for p in self.folder.glob("step-*")]
+        recent = sorted((s for s in others if s <= step), reverse=True)[: max(keep_last, 1)]
+        for other in others:
+            kept = other in recent or (other < step and keep_every and other % keep_every == 0)
+            if not kept:
+                shutil.rmtree(self.path(other))
+
+    def load(self, network: nn.Module, optimiser: Optimizer) -> int:
+        """Fill network and optimiser from the latest state and return its step (0: none).
+
+        Raises:
+            ValueError: if the state is damaged or belongs to another network.
+        """
+        step = self.latest()
+        if step == 0:
+            return 0
+        tensors = tensors_of(network, optimiser)
+        try:
+            with warnings.catch_warnings():
+                warnings.filterwarnings("ignore", message="torch.distributed is disabled")
+                state_dict_loader.load(
+                    tensors, storage_reader=HuggingFaceStorageReader(str(self.path(step)))
+                )
+        except Exception as damage:  # DCP wraps whatever went wrong on any rank in its own class
+            raise ValueError(f"{self.path(step)} cannot be resumed: {damage}") from damage
+        return step
+
+
+def tensors_of(network: nn.Module, optimiser: Optimizer) -> dict[str, Tensor]:
+    """Weights, buffers and moments by name; they share memory with network and optimiser."""
+    prepare(optimiser)
+    tensors = {f"network.{name}": t.detach() for name, t in network.state_dict().items()}
+    for name, parameter in network.named_parameters():
+        for moment in MOMENTS if parameter.requires_grad else ():
+            tensors[f"optimiser.{name}.{moment}"] = optimiser.state[parameter][moment]
+    return tensors
+
+
+def prepare(optimiser: Optimizer) -> None:
+    """Give parameters that were never updated the moments that AdamW would start from."""
+    for group in optimiser.param_groups:
+        for parameter in group["params"]:
+            if not optimiser.state[parameter]:
+                optimiser.state[parameter].update(
+                    step=torch.tensor(0.0),
+                    exp_avg=torch.zeros_like(parameter),
+                    exp_avg_sq=torch.zeros_like(parameter),
+                )
