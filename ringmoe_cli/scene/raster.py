@@ -40,8 +40,8 @@ SMALL = 2**30
 
 REMOTE = ("/vsicurl", "/vsis3", "/vsigs", "/vsiaz", "/vsiadls", "/vsioss", "/vsiswift", "/vsihdfs")
 
-SAFE_OPTIONS = {"GDAL_CACHEMAX": 64, "GDAL_VRT_ENABLE_PYTHON": "NO"}
-"""GDAL settings of every read (the cache in MB); they travel to workers."""
+SAFE_OPTIONS = {"GDAL_CACHEMAX": 64 * 2**20, "GDAL_VRT_ENABLE_PYTHON": "NO"}
+"""GDAL settings of every read (the cache in bytes: rasterio passes integers so)."""
 
 
 def is_remote(path: str) -> bool:
