@@ -14,6 +14,8 @@ from math import ceil
 import numpy as np
 from numpy.typing import NDArray
 
+from ringmoe_cli.scene.grid import starts
+
 
 @dataclass(frozen=True)
 class Lattice:
@@ -40,12 +42,12 @@ class Lattice:
     @property
     def rows(self) -> int:
         """Rows of windows; the last one may overhang the scene."""
-        return count(self.height, self.window, self.stride)
+        return len(starts(self.height, self.window, self.stride))
 
     @property
     def columns(self) -> int:
         """Columns of windows; the last one may overhang the scene."""
-        return count(self.width, self.window, self.stride)
+        return len(starts(self.width, self.window, self.stride))
 
     @property
     def padded_width(self) -> int:
@@ -80,11 +82,6 @@ class Lattice:
             partition(self.height, self.rows, self.window, self.stride),
             partition(self.width, self.columns, self.window, self.stride),
         )
-
-
-def count(length: int, window: int, stride: int) -> int:
-    """Windows needed to cover a length."""
-    return 1 + max(0, ceil((length - window) / stride))
 
 
 def partition(length: int, count: int, window: int, stride: int) -> NDArray[np.float32]:
