@@ -96,7 +96,6 @@ def attention_mask(grid: WindowGrid, valid: Tensor) -> Tensor:
 
 def region_image(grid: WindowGrid, device: torch.device) -> Tensor:
     """(1, H, W, 1) region ids such that equal ids in a shifted window were neighbours before."""
-
     wrapped_row = torch.arange(grid.height, device=device) < grid.offset[0]
     wrapped_column = torch.arange(grid.width, device=device) < grid.offset[1]
     return (2 * wrapped_row[:, None] + wrapped_column)[None, ..., None].to(torch.int8)

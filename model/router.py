@@ -41,7 +41,7 @@ class LayerRouting:
     """Routing statistics of one RMoE layer."""
 
     branches: dict[str, BranchRouting]
-    """"collaborative" and "specialised.<modality>", those that exist and saw tokens."""
+    """The routed branches that ran: "collaborative" and "specialised.<modality>"."""
 
     def __add__(self, other: "LayerRouting") -> "LayerRouting":
         """The two seen as one."""
@@ -53,14 +53,14 @@ class LayerRouting:
 
 @dataclass
 class Assignment:
-    """Tokens sorted by the expert that takes them; N assignments of T tokens."""
+    """Tokens sorted by the expert that takes them: N assignments of T tokens."""
 
     rows_N: Tensor
-    """Token of each assignment; ascending within an expert."""
+    """(N,) token of each assignment; no token twice within an expert."""
     gate_N: Tensor
-    """Weight of the expert's output."""
-    counts: list[int]
-    """Assignments of each present expert; they sum to N."""
+    """(N,) weight of the expert's output."""
+    counts_E: Tensor
+    """(E,) assignments of each present expert; they sum to N."""
 
 
 class Router(nn.Module):
@@ -87,11 +87,13 @@ class Router(nn.Module):
             probability_TE = F.linear(x_TD.to(wide), self.weight.to(wide)).softmax(-1)
         gate_TK, choice_TK = self.choose(probability_TE)
         counts_E = torch.bincount(choice_TK.flatten(), minlength=len(self.kept))
-        kept_counts_E = counts_E.new_zeros(len(self.weight))
-        kept_counts_E[list(self.kept)] = counts_E
         assignment = self.assign(gate_TK, choice_TK, counts_E)
         dropped = choice_TK.numel() - len(assignment.rows_N)
-        return assignment, BranchRouting(kept_counts_E, probability_TE.sum(0), len(x_TD), dropped)
+        row_counts_E = counts_E
+        if len(self.kept) < len(self.weight):
+            row_counts_E = counts_E.new_zeros(len(self.weight))
+            row_counts_E[list(self.kept)] = counts_E
+        return assignment, BranchRouting(row_counts_E, probability_TE.sum(0), len(x_TD), dropped)
 
     def choose(self, probability_TE: Tensor) -> tuple[Tensor, Tensor]:
         """The top k present experts of each token, and their weights."""
@@ -105,18 +107,16 @@ class Router(nn.Module):
     def assign(self, gate_TK: Tensor, choice_TK: Tensor, counts_E: Tensor) -> Assignment:
         """Sort the choices by expert; first choices, then earlier tokens, win a full expert."""
         tokens, k = choice_TK.shape
-        choice_N = choice_TK.T.flatten()
+        choice_N = choice_TK.t().flatten()
         order_N = choice_N.argsort(stable=True)
-        counts = counts_E.tolist()
         if self.capacity_factor is not None:
             room = math.ceil(k * tokens * self.capacity_factor / len(self.kept))
-            first = counts_E.cumsum(0) - counts_E
-            place_N = torch.arange(len(order_N), device=order_N.device) - first[choice_N[order_N]]
+            first_E = counts_E.cumsum(0) - counts_E
+            place_N = torch.arange(k * tokens, device=order_N.device) - first_E[choice_N[order_N]]
             order_N = order_N[place_N < room]
-            counts = [min(count, room) for count in counts]
-        return Assignment(
-            order_N % tokens if tokens else order_N, gate_TK.T.flatten()[order_N], counts
-        )
+            counts_E = counts_E.clamp(max=room)
+        rows_N = order_N if k == 1 else order_N % max(tokens, 1)
+        return Assignment(rows_N, gate_TK.t().flatten()[order_N], counts_E)
 
 
 def balance_loss(routing: list[LayerRouting]) -> Tensor:
@@ -126,17 +126,16 @@ def balance_loss(routing: list[LayerRouting]) -> Tensor:
     (RingMoE §3.3, after Switch): f is the share of choices before dropping, P the mean softmax
     probability. The caller multiplies by the weight.
     """
-    total = torch.zeros(())
+    terms = []
     for layer in routing:
-        collaborative = [b for n, b in layer.branches.items() if n == "collaborative"]
-        specialised = [b for n, b in layer.branches.items() if n != "collaborative"]
-        for group in (collaborative, specialised):
-            if group:
-                total = sum((imbalance(b) for b in group), torch.zeros(())) / len(group) + total
-    return total
+        busy = {name: branch for name, branch in layer.branches.items() if branch.tokens}
+        for name, branch in busy.items():
+            modalities = len(busy) - ("collaborative" in busy)
+            terms.append(imbalance(branch) / (1 if name == "collaborative" else modalities))
+    return torch.stack(terms).sum() if terms else torch.zeros(())
 
 
 def imbalance(branch: BranchRouting) -> Tensor:
-    """E·Σ f_e·P_e of one branch."""
-    f_E = branch.counts_E / branch.counts_E.sum().clamp(min=1)
-    return len(f_E) * (f_E * branch.probability_E).sum() / max(branch.tokens, 1)
+    """E·Σ f_e·P_e of one branch: 1 when every expert gets its share."""
+    f_E = branch.counts_E / branch.counts_E.sum()
+    return len(f_E) * (f_E * branch.probability_E).sum() / branch.tokens
