@@ -167,8 +167,11 @@ def load_recipe(name: str, changes: Sequence[str] = ()) -> PretrainRecipe | Fine
         raise RecipeError(f"{path} is not a recipe: it has no sections")
     for change in changes:
         apply_change(values, change)
-    kind = FinetuneRecipe if "task" in values else PretrainRecipe
-    recipe = validated(kind, values)
+    recipe: PretrainRecipe | FinetuneRecipe = (
+        validated(FinetuneRecipe, values)
+        if "task" in values
+        else validated(PretrainRecipe, values)
+    )
     model_config(recipe.model, {"opt": 3})
     return recipe
 
