@@ -66,3 +66,32 @@ def active_experts(config: ModelConfig, stage: int, block: int) -> int:
     branches = ("collaborative", f"specialised.{config.modalities[0]}")
     routed = sum(min(config.top_k, len(config.experts_of(stage, block, b))) for b in branches)
     return routed + config.shared
+
+
+def pretraining_parameters(config: ModelConfig) -> int:
+    """Parameters of the encoder with mask token and decoders."""
+    from model.config import PretrainConfig
+    from model.pretrain import MaskedImageModel
+
+    with torch.device("meta"):
+        net = MaskedImageModel(config, PretrainConfig())
+    return sum(p.numel() for p in net.parameters())
+
+
+def block_parameters(config: ModelConfig) -> list[tuple[int, int]]:
+    """Parameters of each block: (everything but routed experts, routed experts)."""
+    from model.encoder import RingMoE
+
+    with torch.device("meta"):
+        net = RingMoE(config)
+    sizes: dict[str, tuple[int, int]] = {}
+    for name, parameter in net.named_parameters():
+        block = re.match(r"stages\.\d+\.blocks\.\d+\.", name)
+        if block:
+            dense, routed = sizes.get(block[0], (0, 0))
+            if re.search(r"\bmoe\.(specialised|collaborative)\.", name):
+                routed += parameter.numel()
+            else:
+                dense += parameter.numel()
+            sizes[block[0]] = (dense, routed)
+    return list(sizes.values())
