@@ -54,6 +54,10 @@ class CheckpointConfig:
         """Plain values for config.json."""
         return {"format": 1, **asdict(self), "model": self.model.to_dict()}
 
+    def text(self) -> str:
+        """The contents of config.json."""
+        return json.dumps(self.to_dict(), indent=1, sort_keys=True) + "\n"
+
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> Self:
         """Inverse of `to_dict`."""
@@ -102,7 +106,7 @@ def save_checkpoint(
     """
     directory = Path(directory)
     directory.mkdir(parents=True, exist_ok=True)
-    text = json.dumps(config.to_dict(), indent=1, sort_keys=True) + "\n"
+    text = config.text()
     metadata = {"format": "pt", "ringmoe": fingerprint(text)}
     parts: list[tuple[Path, list[str]]] = []
     total = 0
@@ -136,13 +140,18 @@ def publish(directory: Path, parts: list[tuple[Path, list[str]]], total: int, co
         shard = f"model-{i + 1:05d}-of-{len(parts):05d}.safetensors"
         part.replace(directory / shard)
         weight_map.update(dict.fromkeys(names, shard))
-    index = {"metadata": {"total_size": total}, "weight_map": weight_map}
-    write_text(directory / INDEX, json.dumps(index, indent=1, sort_keys=True) + "\n")
-    write_text(directory / CONFIG, config)
+    write_index(directory, weight_map, total, config)
     current = set(weight_map.values())
     for stale in directory.glob("model-*-of-*.safetensors"):
         if stale.name not in current:
             stale.unlink()
+
+
+def write_index(directory: Path, weight_map: Mapping[str, str], total: int, config: str) -> None:
+    """Write the index (tensor name -> shard) and config.json."""
+    index = {"metadata": {"total_size": total}, "weight_map": weight_map}
+    write_text(directory / INDEX, json.dumps(index, indent=1, sort_keys=True) + "\n")
+    write_text(directory / CONFIG, config)
 
 
 def write_text(path: Path, text: str) -> None:
@@ -275,11 +284,13 @@ def load_module(directory: Path | str, module: nn.Module, prefix: str = "") -> N
 def allocate(module: nn.Module, entries: Mapping[str, Entry], prefix: str) -> dict[str, Tensor]:
     """Give a module built on the meta device memory in the checkpoint's dtypes; its slots."""
     slots: dict[str, Tensor] = {}
-    for name, parameter in list(module.named_parameters()):
-        first = disk_names(prefix + name, parameter)[0][0]
-        memory = torch.empty(parameter.shape, dtype=entries[first].spec.dtype)
-        owner = module.get_submodule(name.rpartition(".")[0])
-        setattr(owner, name.rpartition(".")[2], nn.Parameter(memory, parameter.requires_grad))
+    for name, tensor in module.state_dict().items():
+        memory = tensor
+        if tensor.is_meta:
+            first = disk_names(prefix + name, tensor)[0][0]
+            memory = torch.empty(tensor.shape, dtype=entries[first].spec.dtype)
+            owner = module.get_submodule(name.rpartition(".")[0])
+            setattr(owner, name.rpartition(".")[2], nn.Parameter(memory))
         slots.update(disk_names(prefix + name, memory))
     return slots
 

@@ -15,7 +15,7 @@ from typing import Literal, NamedTuple
 import torch
 from torch import Tensor
 
-Method = Literal["ks", "ka", "kc"]
+Merging = Literal["ks", "ka", "kc"]
 Parts = Mapping[str, Collection[Tensor]]
 """One matrix of every expert: "specialised.<modality>", "collaborative", "shared" -> tensors."""
 
@@ -61,14 +61,14 @@ def compressed(parts: Parts) -> Tensor:
     )
 
 
-METHODS: dict[Method, Callable[[Parts], Tensor]] = {
+METHODS: dict[Merging, Callable[[Parts], Tensor]] = {
     "ks": summed,
     "ka": averaged,
     "kc": compressed,
 }
 
 
-def merge(layer: Layer, method: Method) -> FFN:
+def merge(layer: Layer, method: Merging) -> FFN:
     """One dense FFN from the experts of a layer, which stay as they are."""
     parts = [{b: [e[i] for e in experts] for b, experts in layer.items()} for i in range(4)]
     return FFN(*(METHODS[method](part) for part in parts))

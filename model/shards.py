@@ -9,7 +9,7 @@ import json
 import os
 import queue
 import threading
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Generator, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from math import prod
 from pathlib import Path
@@ -142,7 +142,7 @@ class Files:
         read_into(self.open[entry.path], entry, target)
 
 
-def stream(entries: Sequence[Entry]) -> Iterator[Tensor]:
+def stream(entries: Sequence[Entry]) -> Generator[Tensor, None, None]:
     """Read tensors in the order given, ahead of their use, into a few reused buffers.
 
     Yields:

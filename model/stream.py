@@ -1,0 +1,65 @@
+"""Models larger than memory: one layer of weights at a time.
+
+Nothing else changes: the blocks of a streamed encoder fetch their weights from the checkpoint
+when they are called, and drop them when they have answered.
+"""
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from model.checkpoint import load_module, read_config
+from model.encoder import Block, RingMoE
+
+
+def streamed_encoder(path: Path | str, modalities: tuple[str, ...] | None = None) -> RingMoE:
+    """The encoder of a checkpoint, whose blocks come from disk whenever they are needed.
+
+    Args:
+        path: the checkpoint, which must stay in place.
+        modalities: those that are wanted; None means all.
+    """
+    config = read_config(path).model
+    with torch.device("meta"):
+        net = RingMoE(config if modalities is None else config.with_modalities(modalities))
+    stream_blocks(net, path, "encoder.")
+    return net.eval()
+
+
+def stream_blocks(module: nn.Module, path: Path | str, prefix: str = "") -> None:
+    """Load a module built on the meta device, but for its blocks, which are fetched when called.
+
+    Args:
+        module: contains an encoder's blocks; for inference only.
+        path: the checkpoint.
+        prefix: put before the module's own names, as in `load_module`.
+    """
+    for name, child in module.named_children():
+        if isinstance(child, Block):
+            child.register_forward_pre_hook(fetch(path, f"{prefix}{name}."))
+            child.register_forward_hook(drop)
+        else:
+            stream_blocks(child, path, f"{prefix}{name}.")
+    own = nn.Module()
+    for name, parameter in module.named_parameters(recurse=False):
+        own.register_parameter(name, parameter)
+    if list(own.parameters()):
+        load_module(path, own, prefix)
+        for name, parameter in own.named_parameters():
+            setattr(module, name, parameter)
+
+
+def fetch(path: Path | str, prefix: str) -> Any:
+    """A hook that loads a block before it runs."""
+
+    def hook(block: nn.Module, _: Any) -> None:
+        load_module(path, block, prefix)
+
+    return hook
+
+
+def drop(block: nn.Module, _: Any, __: Any) -> None:
+    """A hook that frees a block after it ran."""
+    block.to("meta")
