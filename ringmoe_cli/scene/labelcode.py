@@ -28,15 +28,21 @@ class LabelCode:
     threshold: int | None = None
     """Two classes: 1 from this value on."""
 
-    def decode(self, raw: NDArray[Any], classes: int, where: Path) -> NDArray[np.int64]:
-        """Class indices (H, W) of a label raster (bands, H, W).
+    def decode(
+        self,
+        raw: NDArray[Any],
+        classes: int,
+        where: Path,
+        void: NDArray[np.bool_] | None = None,
+    ) -> NDArray[np.int64]:
+        """Class indices (H, W) of a label raster (bands, H, W), 255 where `void`.
 
         Raises:
             LabelError: naming the values that no class has.
         """
         if self.colours:
             return self.by_colour(raw, where)
-        plain = raw[0]
+        plain = raw[0] if void is None else np.where(void, IGNORE, raw[0])
         if self.threshold is not None:
             return np.asarray(plain >= self.threshold, np.int64)
         found = np.unique(plain)
