@@ -28,8 +28,6 @@ from rasterio.windows import Window
 from ringmoe_cli.errors import RingmoeError
 from ringmoe_cli.scene.grid import Grid
 
-CACHE_BYTES = 128 << 20
-"""GDAL's block cache while writing: a few rows of blocks of the widest scenes."""
 COG_OPTIONS = (
     "BIGTIFF", "BLOCKSIZE", "COMPRESS", "GEOTIFF_VERSION", "LEVEL", "MAX_Z_ERROR", "NBITS",
     "NUM_THREADS", "OVERVIEWS", "OVERVIEW_COMPRESS", "OVERVIEW_COUNT", "OVERVIEW_PREDICTOR",
@@ -118,8 +116,6 @@ class MapWriter:
         self.row = 0
 
     def __enter__(self) -> Self:
-        self.env = rasterio.Env(GDAL_CACHEMAX=CACHE_BYTES)
-        self.env.__enter__()
         with failures_named(self.rows_file):
             self.dataset = open_rows(self.rows_file, self.layer, self.grid)
         return self
@@ -141,7 +137,6 @@ class MapWriter:
                 with suppress(RasterioError, OSError):
                     self.dataset.close()
         finally:
-            self.env.__exit__(None, None, None)
             for file in (self.rows_file, self.cog_file):
                 file.unlink(missing_ok=True)
                 sidecar(file).unlink(missing_ok=True)
@@ -292,7 +287,8 @@ def failure_line(path: Path, error: BaseException) -> str:
     """Why a file could not be written."""
     folder = path.parent
     free = shutil.disk_usage(folder).free if folder.exists() else 0
-    if getattr(error, "errno", None) == errno.ENOSPC or (folder.exists() and free < NEARLY_FULL):
+    full = getattr(error, "errno", None) == errno.ENOSPC or "os error 28" in str(error)
+    if full or (folder.exists() and free < NEARLY_FULL):
         return f"no space left on the disk of {folder}; free some and run again to continue"
     return f"cannot write {path}: {' '.join(str(error).split())}"
 

@@ -1,0 +1,64 @@
+"""Making the next item while the last one is used."""
+
+import queue
+import threading
+from collections.abc import Iterable, Iterator
+from typing import Any, Generic, TypeVar
+
+T = TypeVar("T")
+
+
+def ahead(items: Iterable[T], depth: int = 2) -> Iterator[T]:
+    """The same items, made in a thread of their own, up to `depth` before they are asked for.
+
+    An exception there is raised here; leaving early stops the thread.
+    """
+    maker = Maker(items, depth)
+    maker.start()
+    try:
+        while True:
+            more, item = maker.ready.get()
+            if not more:
+                break
+            yield item
+        if item is not None:
+            raise item
+    finally:
+        maker.stop()
+
+
+class Maker(threading.Thread, Generic[T]):
+    """Puts (True, item) into a queue for every item, then (False, exception or None)."""
+
+    def __init__(self, items: Iterable[T], depth: int) -> None:
+        super().__init__(daemon=True)
+        self.items = items
+        self.ready: queue.Queue[tuple[bool, Any]] = queue.Queue(depth)
+        self.left = threading.Event()
+
+    def run(self) -> None:
+        """Make items until there are no more, or nobody wants them."""
+        try:
+            for item in self.items:
+                self.put(True, item)
+                if self.left.is_set():
+                    break
+            self.put(False, None)
+        except BaseException as error:  # handed over, whatever it is
+            self.put(False, error)
+        finally:
+            getattr(self.items, "close", lambda: None)()
+
+    def put(self, more: bool, item: Any) -> None:
+        """Wait for room in the queue, unless nobody is waiting."""
+        while not self.left.is_set():
+            try:
+                self.ready.put((more, item), timeout=0.1)
+            except queue.Full:
+                continue
+            return
+
+    def stop(self) -> None:
+        """Nobody wants more items; wait for the one in the making."""
+        self.left.set()
+        self.join()

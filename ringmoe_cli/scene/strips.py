@@ -1,0 +1,234 @@
+"""A scene as the network wants it: normalised rows, each read once, cut into batches of windows."""
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from model.batch import Batch
+from model.normalisation import Normalisation
+from ringmoe_cli.errors import BadBlockError, SceneError
+from ringmoe_cli.scene.grid import Grid, Window
+from ringmoe_cli.scene.scene import Scene
+from ringmoe_cli.scene.stitch import Lattice
+
+SMALLEST_BAD = 64
+"""Side in pixels down to which unreadable places are narrowed."""
+
+
+class Readable(Protocol):
+    """What can be predicted: a `SceneReader` of a file, a `StoredScene`, an array in a test."""
+
+    @property
+    def scene(self) -> Scene:
+        """What is known about it."""
+
+    def physical(self, window: Window) -> tuple[NDArray[np.float32], NDArray[np.bool_]]:
+        """Physical channels (C, h, w) and validity (h, w) of a window that may overhang."""
+
+
+@dataclass(frozen=True)
+class Normalised:
+    """Co-registered readers and what normalises them."""
+
+    dates: Sequence[Mapping[str, Readable]]
+    """One mapping modality -> reader per date; one date, or two for change."""
+    normalisation: Mapping[str, Normalisation]
+    """modality -> how its physical values become input."""
+
+    def __post_init__(self) -> None:
+        grids = [reader.scene.grid for date in self.dates for reader in date.values()]
+        for grid in grids[1:]:
+            if (grid.height, grid.width) != (grids[0].height, grids[0].width):
+                raise SceneError(
+                    f"scenes of one place must have the same pixels: {grids[0].height} x "
+                    f"{grids[0].width} and {grid.height} x {grid.width}; warp one to the other"
+                )
+
+    @property
+    def grid(self) -> Grid:
+        """The grid of all readers."""
+        return next(iter(self.dates[0].values())).scene.grid
+
+    @property
+    def modalities(self) -> tuple[str, ...]:
+        """What is read, in order."""
+        return tuple(self.dates[0])
+
+    def read(self, window: Window) -> "Strip":
+        """Normalised values and validity of a window."""
+        images, valid = {}, {}
+        for modality in self.modalities:
+            norm = self.normalisation[modality]
+            parts = [date[modality].physical(window) for date in self.dates]
+            images[modality] = np.stack([norm.apply(v, ok[None]) for v, ok in parts])
+            valid[modality] = np.stack([ok for _, ok in parts])
+        return Strip(images, valid)
+
+
+@dataclass(frozen=True)
+class Strip:
+    """Rows of a scene, ready for the network."""
+
+    images: dict[str, NDArray[np.float32]]
+    """modality -> (T, C, h, w)."""
+    valid: dict[str, NDArray[np.bool_]]
+    """modality -> (T, h, w)."""
+
+    @property
+    def seen(self) -> NDArray[np.bool_]:
+        """Where every date has a measurement of some modality, (h, w)."""
+        seen: NDArray[np.bool_] = np.any(np.stack(list(self.valid.values())), axis=0).all(axis=0)
+        return seen
+
+    def below(self, other: "Strip", keep: int) -> "Strip":
+        """The last `keep` rows of this strip and, under them, another."""
+        if not keep:
+            return other
+
+        def join(above: NDArray[Any], under: NDArray[Any]) -> NDArray[Any]:
+            return np.concatenate([above[..., -keep:, :], under], axis=-2)
+
+        return Strip(
+            {m: join(x, other.images[m]) for m, x in self.images.items()},
+            {m: join(x, other.valid[m]) for m, x in self.valid.items()},
+        )
+
+
+@dataclass(frozen=True)
+class Windows:
+    """Some windows of a scene on their way through the network."""
+
+    places: list[tuple[int, int]]
+    """(row, column) of each window in the lattice; of empty ones too."""
+    full: list[int]
+    """Which of them hold a valid pixel: those in `batch`, in order."""
+    batch: Batch | None
+    """Their images; None if all are empty."""
+    finished: dict[int, NDArray[np.bool_]]
+    """Rows of windows that are complete with this batch -> validity of the rows they finish."""
+
+
+def window_batches(
+    source: Normalised, lattice: Lattice, size: int, first: int, stop: int, skip: "SkipBad"
+) -> Iterator[Windows]:
+    """Windows of the lattice's rows first..stop-1, and of the rows before that reach into them.
+
+    The scene is read once, strip by strip; whole batches as cut from the scene's origin.
+    """
+    strips = Rows(source, lattice, skip)
+    begin = max(0, first - lattice.reach)
+    for places in lattice.batches(size, begin, stop):
+        cut = [strips.window(row, column) for row, column in places]
+        full = [i for i, part in enumerate(cut) if part.seen.any()]
+        last = places[-1]
+        ends = last[1] == lattice.columns - 1
+        complete = range(max(first, places[0][0]), min(stop, last[0] + ends))
+        finished = {row: strips.seen(row) for row in complete}
+        batch = collate([cut[i] for i in full]) if full else None
+        yield Windows(places, full, batch, finished)
+
+
+class Rows:
+    """The rows of windows in use, each a strip of the scene `window` pixels high."""
+
+    def __init__(self, source: Normalised, lattice: Lattice, skip: "SkipBad") -> None:
+        self.source, self.lattice, self.skip = source, lattice, skip
+        self.strips: dict[int, Strip] = {}
+        self.validity: dict[int, NDArray[np.bool_]] = {}
+
+    def window(self, row: int, column: int) -> Strip:
+        """One window of the lattice, as views."""
+        if row not in self.strips:
+            self.load(row)
+        left = column * self.lattice.stride
+        columns = slice(left, left + self.lattice.window)
+        strip = self.strips[row]
+        return Strip(
+            {m: x[..., columns] for m, x in strip.images.items()},
+            {m: x[..., columns] for m, x in strip.valid.items()},
+        )
+
+    def load(self, row: int) -> None:
+        """Read what the strip does not share with the one above, and let that one go."""
+        lattice = self.lattice
+        above = self.strips.pop(row - 1, None)
+        known = lattice.overlap if above else 0
+        top = row * lattice.stride + known
+        window = Window(top, 0, lattice.window - known, lattice.padded_width)
+        fresh = self.skip.read(self.source, window)
+        strip = above.below(fresh, known) if above else fresh
+        self.strips = {row: strip}
+        start, end = lattice.finished(row)
+        self.validity[row] = strip.seen[: end - start, : lattice.width]
+
+    def seen(self, row: int) -> NDArray[np.bool_]:
+        """Validity of the scene rows that a row of windows finishes."""
+        return self.validity.pop(row)
+
+
+class SkipBad:
+    """What to do about blocks that cannot be decoded: fail, or leave them out and count them."""
+
+    def __init__(self, skip: bool = False) -> None:
+        self.skip = skip
+        self.skipped: list[str] = []
+
+    def read(self, source: Normalised, window: Window) -> Strip:
+        """Read a window; unreadable places become invalid if skipping.
+
+        Raises:
+            BadBlockError: if not skipping.
+        """
+        try:
+            return source.read(window)
+        except BadBlockError as error:
+            if not self.skip:
+                raise
+            if max(window.height, window.width) <= SMALLEST_BAD:
+                self.skipped.append(str(error))
+                return self.empty(source, window)
+        return join_halves(window, *(self.read(source, half) for half in halves(window)))
+
+    def empty(self, source: Normalised, window: Window) -> Strip:
+        """An invalid window of the right shape."""
+        shape = (len(source.dates), window.height, window.width)
+        images, valid = {}, {}
+        for m in source.modalities:
+            channels = len(source.normalisation[m].bands)
+            images[m] = np.zeros((shape[0], channels, *shape[1:]), np.float32)
+            valid[m] = np.zeros(shape, np.bool_)
+        return Strip(images, valid)
+
+
+def halves(window: Window) -> tuple[Window, Window]:
+    """A window cut in two across its longer side."""
+    row, col, height, width = window
+    if height > width:
+        half = height // 2
+        return Window(row, col, half, width), Window(row + half, col, height - half, width)
+    half = width // 2
+    return Window(row, col, height, half), Window(row, col + half, height, width - half)
+
+
+def join_halves(window: Window, first: Strip, second: Strip) -> Strip:
+    """Inverse of `halves` for what was read."""
+    axis = -2 if window.height > window.width else -1
+    return Strip(
+        {m: np.concatenate([x, second.images[m]], axis) for m, x in first.images.items()},
+        {m: np.concatenate([x, second.valid[m]], axis) for m, x in first.valid.items()},
+    )
+
+
+def collate(parts: list[Strip]) -> Batch:
+    """Windows as one batch; validity is left out where every pixel is valid."""
+    images, valid = {}, {}
+    for m in parts[0].images:
+        images[m] = torch.from_numpy(np.stack([p.images[m] for p in parts]))
+        mask = np.stack([p.valid[m] for p in parts])
+        if not mask.all():
+            valid[m] = torch.from_numpy(mask[:, :, None])
+    return Batch(images=images, valid=valid)
