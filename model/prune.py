@@ -7,10 +7,9 @@ of every layer's experts into one FFN; and any size in between, by routing mass.
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import Literal, get_args
+from typing import Literal, cast, get_args
 
 from model.budget import (
-    Kept,
     Mass,
     branches,
     compact,
@@ -137,7 +136,7 @@ def plan_pruning(
     modalities: Sequence[str],
     target: str | None,
     mass: Mass,
-    method: Method | None = None,
+    method: str | None = None,
     default: Method = "kc",
 ) -> Plan:
     """Decide what to keep.
@@ -154,42 +153,65 @@ def plan_pruning(
     Raises:
         ValueError: for a target out of reach, naming the sizes that are.
     """
+    part = sub_model(config, modalities)
+    chosen, how, note = choice(config, part, target, mass, known(method), default)
+    result = compact(chosen)
+    return Plan(config, chosen, result, how, size_of(config), size_of(result), note)
+
+
+def known(method: str | None) -> Method | None:
+    """A method by its name.
+
+    Raises:
+        ValueError: for an unknown one.
+    """
     if method is not None and method not in get_args(Method):
         raise ValueError(f"unknown method {method!r}; choose from {', '.join(get_args(Method))}")
-    part = sub_model(config, modalities)
-    whole, largest, floor = size_of(config), size_of(part), size_of(dense_config(part))
+    return cast("Method | None", method)
 
-    def plan(chosen: ModelConfig, how: Method | None, note: str = "") -> Plan:
-        result = compact(chosen)
-        return Plan(config, chosen, result, how, whole, size_of(result), note)
 
+Choice = tuple[ModelConfig, Method | None, str]
+"""What remains of the model, how the rest lives on in it, and a word about it."""
+
+
+def choice(
+    config: ModelConfig,
+    part: ModelConfig,
+    target: str | None,
+    mass: Mass,
+    method: Method | None,
+    default: Method,
+) -> Choice:
+    """Decide what a target means for a sub-model."""
+    dense = dense_config(part)
     if target is None:
-        return plan(dense_config(part), method) if method else plan(part, None)
+        if method is None and part == config:
+            raise ValueError("nothing to prune: say which modality to keep, or a target size")
+        return (dense, method, "") if method else (part, None, "")
+    names, whole = ", ".join(part.modalities), size_of(config)
     stage = paper_stage(config, target, whole)
     if stage == "sub-model":
-        return plan(part, None, f"{target}: the sub-model of {', '.join(part.modalities)}")
+        return part, None, f"{target}: the sub-model of {names}"
     if stage == "one quarter":
         kept = heaviest(part, mass, "collaborative", 0.25)
-        note = f"{target}: the most activated quarter of the collaborative experts in every layer"
-        return plan(pruned(part, kept), fit_only(method, target), note)
+        note = f"{target}: the most activated quarter of the collaborative experts of every layer"
+        return pruned(part, kept), fit_only(method, target), note
     if stage == "dense":
-        note = f"{target}: every layer becomes one FFN ({default if method is None else method})"
-        return plan(dense_config(part), method or default, note)
+        return dense, method or default, f"{target}: every layer of {names} becomes one FFN"
     budget = parse_size(target, whole)
-    check_budget(target, budget, whole, floor, part)
-    if floor >= (1 - TOLERANCE) * budget:
-        return plan(dense_config(part), method or default)
-    return plan(*by_budget(part, mass, budget, largest, method, target))
+    check_budget(target, budget, whole, dense)
+    if size_of(dense) >= (1 - TOLERANCE) * budget:
+        return dense, method or default, ""
+    return by_budget(part, mass, budget, method, target)
 
 
 def by_budget(
-    part: ModelConfig, mass: Mass, budget: int, largest: int, method: Method | None, target: str
-) -> tuple[ModelConfig, Method | None, str]:
-    """What is chosen, method and note for a size between the dense floor and the sub-model."""
-    if largest <= budget:
+    part: ModelConfig, mass: Mass, budget: int, method: Method | None, target: str
+) -> Choice:
+    """What remains at a plain size between the dense floor and the sub-model."""
+    if size_of(part) <= budget:
         return part, None, f"the sub-model of {', '.join(part.modalities)} is within {target}"
-    kept: Kept = within_budget(part, mass, budget)
-    chosen = pruned(part, kept)
+    chosen = pruned(part, within_budget(part, mass, budget))
     missed = 1 - size_of(compact(chosen)) / budget
     note = f"{missed:.1%} below {target}: no single expert fits into the rest"
     return chosen, fit_only(method, target), note if missed > TOLERANCE else ""
@@ -209,14 +231,18 @@ def fit_only(method: Method | None, target: str) -> Method | None:
     return method
 
 
-def check_budget(target: str, budget: int, whole: int, floor: int, part: ModelConfig) -> None:
-    """Refuse a size that no pruning of this model can have."""
+def check_budget(target: str, budget: int, whole: int, dense: ModelConfig) -> None:
+    """Refuse a size that no pruning of this model can have.
+
+    Raises:
+        ValueError: naming the size that is possible.
+    """
     if budget > whole:
         raise ValueError(f"target {target} is above the model's {human(whole)} parameters")
-    if budget < floor:
+    if budget < size_of(dense):
         raise ValueError(
-            f"target {target} is below {human(floor)}, the dense model of "
-            f"{', '.join(part.modalities)}; fewer modalities or a smaller preset would fit"
+            f"target {target} is below {human(size_of(dense))}, the dense model of "
+            f"{', '.join(dense.modalities)}; fewer modalities or a smaller preset would fit"
         )
 
 

@@ -17,6 +17,7 @@ from torch import Tensor
 
 from model.budget import branches, rows_of
 from model.checkpoint import (
+    CONFIG,
     CheckpointConfig,
     disk_names,
     fingerprint,
@@ -194,24 +195,28 @@ def prune_checkpoint(
     config: CheckpointConfig,
     fit: Fit | None = None,
     advance: Advance = lambda _: None,
+    overwrite: bool = False,
 ) -> None:
     """Write the pruned checkpoint.
 
     Args:
         source: the checkpoint as it is.
-        target: a folder that does not exist; its name plus ".part" holds the work in progress.
+        target: the new folder; its name plus ".part" holds the work in progress.
         plan: what to keep and how.
         config: config.json of the result.
         fit: for method `fit`, the dense layer of a "stage.block".
         advance: called with the bytes read (or kept from an earlier run).
+        overwrite: replace a checkpoint that stands at `target`, once the new one is whole.
 
     Raises:
-        ValueError: if the source is damaged.
+        ValueError: if the source is damaged, `target` is in use, or the disk is too full.
     """
+    check_target(source, target, overwrite)
     work = target.with_name(target.name + ".part")
     text = config.text()
-    begin(work, source, text)
     shards = outputs(source, plan)
+    begin(work, source, text)
+    check_room(work, sum(o.spec.nbytes for o in all_of(shards)))
     names = {
         layer: f"model-{i + 1:05d}-of-{len(shards):05d}.safetensors"
         for i, layer in enumerate(shards)
@@ -230,7 +235,37 @@ def prune_checkpoint(
     where = {o.spec.name: names[layer] for layer, outs in shards.items() for o in outs}
     write_index(work, where, sum(o.spec.nbytes for o in all_of(shards)), text)
     (work / MANIFEST).unlink()
+    if target.exists():
+        shutil.rmtree(target)
     work.replace(target)
+
+
+def check_target(source: Path, target: Path, overwrite: bool) -> None:
+    """Refuse to replace anything but a checkpoint, or the source itself."""
+    if not target.exists():
+        return
+    if target.resolve() == source.resolve():
+        raise ValueError(f"{target} is the model to prune; choose another output")
+    if not overwrite:
+        raise ValueError(f"{target} exists")
+    if not (target / CONFIG).is_file():
+        raise ValueError(f"{target} is no checkpoint, so it is not replaced")
+
+
+def check_room(work: Path, needed: int) -> None:
+    """Refuse to start what the disk cannot hold; finished shards count as room."""
+    left = needed - sum(path.stat().st_size for path in work.glob("model-*"))
+    free = shutil.disk_usage(work).free
+    if left > free:
+        raise ValueError(
+            f"{work} needs {left / 1e9:.2f} GB, but its disk has {free / 1e9:.2f} GB free"
+        )
+
+
+def traffic(source: Path, plan: Plan) -> tuple[int, int]:
+    """Bytes that a pruning reads and writes."""
+    shards = outputs(source, plan)
+    return cost(shards), sum(out.spec.nbytes for out in all_of(shards))
 
 
 def all_of(shards: Mapping[str, list[Output]]) -> list[Output]:

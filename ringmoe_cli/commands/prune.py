@@ -1,0 +1,58 @@
+"""`ringmoe prune`: a smaller model from a larger one."""
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from ringmoe_cli import console
+from ringmoe_cli.options import Json, Output, Overwrite
+
+
+def prune(
+    model: Annotated[
+        Path | None,
+        typer.Argument(envvar="RINGMOE_MODEL", help="Checkpoint folder.", show_default=False),
+    ] = None,
+    modality: Annotated[
+        str | None, typer.Option(help="Modalities to keep, e.g. opt or opt,ms; all if absent.")
+    ] = None,
+    target: Annotated[
+        str | None,
+        typer.Option(help="Size: 300m, 25%, or the paper's stages 6.5b, 4.5b, 1b (dense)."),
+    ] = None,
+    method: Annotated[
+        str | None, typer.Option(help="How layers become dense: kc, ks or ka.")
+    ] = None,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Show the plan and stop.")] = False,
+    output: Output = None,
+    overwrite: Overwrite = False,
+    as_json: Json = False,
+) -> None:
+    """Prune a model: to some modalities (exact), to fewer experts, or to one FFN per layer.
+
+    Examples:
+        ringmoe prune runs/pre --modality opt
+
+        ringmoe prune runs/pre --modality opt --target 1b --method kc -o opt1b
+
+        ringmoe prune runs/pre --target 25% --modality opt,ms --dry-run
+    """
+    if model is None:
+        raise typer.BadParameter(
+            "name a checkpoint or set RINGMOE_MODEL; `ringmoe demo` makes one to try"
+        )
+    from model.checkpoint import read_config
+    from ringmoe_cli import pruning
+
+    request = pruning.Request(model, pruning.wanted_modalities(modality), target, method)
+    parent = read_config(model)
+    plan = pruning.planned(request, parent)
+    facts = pruning.described(plan, request, parent)
+    pruning.speak(plan, facts)
+    if dry_run:
+        pruning.show(plan, facts, as_json)
+        return
+    out = pruning.output_path(request, output, overwrite)
+    pruning.prune(request, plan, parent, out)
+    console.result({**facts, "output": str(out)} if as_json else out)
