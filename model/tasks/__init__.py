@@ -15,13 +15,17 @@ and class attributes `dates` (T: 1, 2 for change, 0 for any) and `score` (the me
 from model.tasks.change import Change
 from model.tasks.classification import Classification
 from model.tasks.depth import Depth
+from model.tasks.detection import Detection
 from model.tasks.head import Head
 from model.tasks.segmentation import Segmentation
+from model.tasks.tracking import Tracking
 
 TASKS: dict[str, type[Head]] = {
     "classification": Classification,
     "segmentation": Segmentation,
     "change": Change,
     "depth": Depth,
+    "detection": Detection,
+    "tracking": Tracking,
 }
 """Task name -> head."""
