@@ -62,7 +62,7 @@ class WindowGrid:
         if self.offset != (0, 0):
             x = x.roll((-self.offset[0], -self.offset[1]), (1, 2))
         rows, columns = (side // self.window for side in self.padded)
-        x = x.unflatten(2, (columns, self.window)).unflatten(1, (rows, self.window))
+        x = x.view(-1, rows, self.window, columns, self.window, x.shape[-1])
         return x.transpose(2, 3).reshape(-1, self.window**2, x.shape[-1])
 
     def join(self, x: Tensor) -> Tensor:
@@ -89,7 +89,7 @@ def attention_mask(grid: WindowGrid, valid: Tensor) -> Tensor:
         (B, windows, N, N) float32.
     """
     region = grid.split(region_image(grid, valid.device)).squeeze(-1)
-    real = grid.split(valid[..., None]).squeeze(-1).unflatten(0, (-1, grid.windows))
+    real = grid.split(valid[..., None]).view(-1, grid.windows, grid.window**2)
     apart = (region[:, :, None] != region[:, None, :]).float() * OTHER_REGION
     return apart.where(real[..., :, None] == real[..., None, :], -torch.inf)
 
@@ -141,7 +141,7 @@ class TableBias(nn.Module):
     def forward(self) -> Tensor:
         """(heads, N, N)."""
         index = relative_index(self.window, self.table.device)
-        return self.table[index].T.unflatten(1, (self.window**2, -1))
+        return self.table[index].t().view(-1, self.window**2, self.window**2)
 
 
 class ContinuousBias(nn.Module):
@@ -158,7 +158,7 @@ class ContinuousBias(nn.Module):
         place = log_coordinates(self.window, self.fc1.weight.device).to(self.fc1.weight.dtype)
         table = 16 * torch.sigmoid(self.fc2(F.relu(self.fc1(place))))
         index = relative_index(self.window, table.device)
-        return table[index].T.unflatten(1, (self.window**2, -1))
+        return table[index].t().view(-1, self.window**2, self.window**2)
 
 
 class WindowAttention(nn.Module):
@@ -193,22 +193,20 @@ class WindowAttention(nn.Module):
         q, k, v = self.project(grid.split(x))  # each (B·windows, heads, N, C/heads)
         bias = self.position()
         if valid is None and grid.whole:
-            out = attend(q, k, v, bias[None].to(q.dtype))
+            out = attend(q, k, v, bias[None])
         else:
             mask = grid_mask(grid, x.device) if valid is None else attention_mask(grid, valid)
-            both = (
-                (mask[:, :, None] + bias).flatten(1, 2).to(q.dtype)
-            )  # (1 or B, windows·heads, N, N)
+            both = (mask[:, :, None] + bias).flatten(1, 2)  # (1 or B, windows·heads, N, N)
             q, k, v = (t.reshape(len(x), -1, *t.shape[2:]) for t in (q, k, v))
-            out = attend(q, k, v, both).unflatten(1, (-1, self.heads)).flatten(0, 1)
-        joined: Tensor = self.proj(out.transpose(1, 2).flatten(2))
-        return grid.join(joined)
+            out = attend(q, k, v, both).view(-1, self.heads, *v.shape[2:])
+        return grid.join(self.proj(out.transpose(1, 2).flatten(2)))
 
     def project(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Queries, keys and values, the scale of the logits folded into the queries."""
         k_bias = torch.zeros_like(self.q_bias) if self.cosine else self.k_bias
         qkv = F.linear(x, self.qkv.weight, torch.cat([self.q_bias, k_bias, self.v_bias]))
-        q, k, v = qkv.unflatten(-1, (3, self.heads, -1)).permute(2, 0, 3, 1, 4)
+        split = qkv.view(*x.shape[:2], 3, self.heads, x.shape[2] // self.heads)
+        q, k, v = split.permute(2, 0, 3, 1, 4)
         if self.cosine:  # Liu et al. 2022, Eq. 2
             scale = self.logit_scale.clamp(max=LOG_100).exp()
             q, k = F.normalize(q, dim=-1) * scale.to(q.dtype), F.normalize(k, dim=-1)

@@ -3,15 +3,16 @@
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Self
+from typing import Self, cast
 
 import torch
 from torch import Tensor, nn
 
-from model.attention import WindowAttention, WindowGrid
+from model.attention import TableBias, WindowAttention, WindowGrid
 from model.batch import Features
 from model.config import ModelConfig
 from model.experts import RMoE, Stacked
+from model.norm import Norm
 from model.patch import PatchEmbed, PatchMerging, patch_validity
 from model.router import LayerRouting, Router
 
@@ -47,9 +48,9 @@ class Block(nn.Module):
         self.window = config.stage_window(stage)
         self.shift = self.window // 2 if block % 2 else 0
         self.attn = WindowAttention(width, config.num_heads[stage], self.window, config.attention)
-        self.norm1 = nn.LayerNorm(width, eps=config.norm_eps)
+        self.norm1 = Norm(width, eps=config.norm_eps)
         self.moe = RMoE(config, stage, block)
-        self.norm2 = nn.LayerNorm(width, eps=config.norm_eps)
+        self.norm2 = Norm(width, eps=config.norm_eps)
 
     def forward(
         self, x: Tensor, images: dict[str, int], valid: Tensor | None = None
@@ -62,7 +63,7 @@ class Block(nn.Module):
             tokens = {name: count * per_image for name, count in images.items()}
             y_TD, routing = self.moe(x.flatten(0, 2), tokens)
             return x + self.norm2(y_TD).view_as(x), routing
-        counts = [int(part.sum()) for part in valid.split(list(images.values()))]
+        counts = [int(part.sum()) for part in torch.split(valid, list(images.values()))]
         y_TD, routing = self.moe(x[valid], dict(zip(images, counts, strict=True)))
         out = torch.zeros_like(x)  # invalid tokens stay zero, like padding
         out[valid] = x[valid] + self.norm2(y_TD).to(x.dtype)
@@ -77,6 +78,16 @@ class Stage(nn.Module):
         self.blocks = nn.ModuleList(Block(config, stage, b) for b in range(config.depths[stage]))
         last = stage == len(config.depths) - 1
         self.downsample = None if last else PatchMerging(config.widths[stage], config.merge_eps)
+
+    def forward(
+        self, x: Tensor, images: dict[str, int], valid: Tensor | None = None
+    ) -> tuple[Tensor, list[LayerRouting]]:
+        """The blocks, without the merging: (B, H, W, C) -> the same, and each block's routing."""
+        routing = []
+        for block in self.blocks:
+            x, layer = block(x, images, valid)
+            routing.append(layer)
+        return x, routing
 
 
 class RingMoE(nn.Module):
@@ -93,7 +104,7 @@ class RingMoE(nn.Module):
             {name: PatchEmbed(channels, config) for name, channels in config.channels.items()}
         )
         self.stages = nn.ModuleList(Stage(config, s) for s in range(len(config.depths)))
-        self.norm = nn.LayerNorm(config.widths[-1], eps=config.norm_eps)
+        self.norm = Norm(config.widths[-1], eps=config.norm_eps)
         self.apply(initialise)
 
     @classmethod
@@ -195,15 +206,15 @@ class RingMoE(nn.Module):
             x = x * valid[..., None].to(x.dtype)
         maps, routing = [], []
         for stage in self.stages:
-            for block in stage.blocks:
-                x, layer = block(x, tokens.images, valid)
-                routing.append(layer)
+            x, layers = stage(x, tokens.images, valid)
+            routing += layers
             maps.append(x)
-            if stage.downsample is not None:
-                x = stage.downsample(x)
+            merge = cast(Stage, stage).downsample
+            if merge is not None:
+                x = merge(x)
                 valid = None if valid is None else patch_validity(valid, 2)
         maps[-1] = self.norm(maps[-1])
-        parts = [m.movedim(-1, 1).split(list(tokens.images.values())) for m in maps]
+        parts = [torch.split(m.movedim(-1, 1), list(tokens.images.values())) for m in maps]
         features = {
             name: [stage_parts[i] for stage_parts in parts] for i, name in enumerate(tokens.images)
         }
@@ -231,5 +242,8 @@ def initialise(module: nn.Module) -> None:
     """Truncated normal of 0.02 for weights, zero for biases, as in Swin."""
     if isinstance(module, nn.Linear | nn.Conv2d | Stacked | Router):
         nn.init.trunc_normal_(module.weight, std=0.02)
-        if getattr(module, "bias", None) is not None:
-            nn.init.zeros_(module.bias)
+        bias = getattr(module, "bias", None)
+        if bias is not None:
+            nn.init.zeros_(bias)
+    elif isinstance(module, TableBias):
+        nn.init.trunc_normal_(module.table, std=0.02)

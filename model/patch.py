@@ -5,6 +5,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from model.config import ModelConfig
+from model.norm import Norm
 
 
 class PatchEmbed(nn.Module):
@@ -15,7 +16,7 @@ class PatchEmbed(nn.Module):
         self.projection = nn.Conv2d(
             channels, config.embed_dim, config.patch_size, stride=config.patch_size
         )
-        self.norm = nn.LayerNorm(config.embed_dim, eps=config.norm_eps)
+        self.norm = Norm(config.embed_dim, eps=config.norm_eps)
 
     def forward(self, image: Tensor) -> Tensor:
         """(B, C, H, W) pixels -> (B, ceil(H/p), ceil(W/p), D) tokens; part patches see zeros.
@@ -48,7 +49,7 @@ class PatchMerging(nn.Module):
     def __init__(self, width: int, eps: float) -> None:
         super().__init__()
         self.reduction = nn.Linear(4 * width, 2 * width, bias=False)
-        self.norm = nn.LayerNorm(2 * width, eps=eps)
+        self.norm = Norm(2 * width, eps=eps)
 
     def forward(self, x: Tensor) -> Tensor:
         """(B, H, W, C) -> (B, ceil(H/2), ceil(W/2), 2C)."""
@@ -70,4 +71,4 @@ def patch_validity(valid: Tensor, size: int) -> Tensor:
     """Which squares of `size` hold a valid cell: (B, H, W) bool -> (B, ceil(H/s), ceil(W/s))."""
     padded = pad_to_multiple(valid[..., None], size)[..., 0]
     rows, columns = padded.shape[1] // size, padded.shape[2] // size
-    return padded.unflatten(2, (columns, size)).unflatten(1, (rows, size)).any(4).any(2)
+    return padded.view(-1, rows, size, columns, size).any(4).any(2)

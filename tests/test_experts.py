@@ -63,21 +63,17 @@ def loop(moe: RMoE, x_TD: Tensor, tokens: dict[str, int]) -> Tensor:
     out = [x_D * 0 for x_D in x_TD]
     if moe.shared is not None:
         out = [y + feed_forward(moe.shared, 0, x_D) for y, x_D in zip(out, x_TD, strict=True)]
-    first = {"collaborative": (0, len(x_TD))}
-    start = 0
+    work = []
+    if moe.collaborative is not None:
+        work.append((moe.collaborative, moe.router["collaborative"], 0, len(x_TD)))
+    first = 0
     for name, count in tokens.items():
-        first[f"specialised.{name}"] = (start, count)
-        start += count
-    for branch, (start, count) in first.items():
-        kind, _, name = branch.partition(".")
-        bank = moe.collaborative if kind == "collaborative" else None
-        router = moe.router[kind] if kind in moe.router else None
-        if name:
-            bank = moe.specialised[name] if name in moe.specialised else None
-            router = router[name] if router is not None and name in router else None
-        if bank is None:
-            continue
-        for token, top in enumerate(choices(router, x_TD[start : start + count]), start):
+        if name in moe.specialised:
+            router = moe.router["specialised"][name]
+            work.append((moe.specialised[name], router, first, count))
+        first += count
+    for bank, router, first, count in work:
+        for token, top in enumerate(choices(router, x_TD[first : first + count]), first):
             for expert, gate in top:
                 out[token] = out[token] + gate * feed_forward(bank, expert, x_TD[token])
     return torch.stack(out) if out else x_TD * 0
@@ -88,7 +84,9 @@ def gradients(moe: RMoE, x_TD: Tensor, y_TD: Tensor) -> dict[str, Tensor]:
     named = {"x": x_TD, **dict(moe.named_parameters())}
     grads = torch.autograd.grad((y_TD * target).sum(), list(named.values()), allow_unused=True)
     zeros = [torch.zeros_like(p) for p in named.values()]
-    return dict(zip(named, (z if g is None else g for z, g in zip(zeros, grads, strict=True)), strict=True))
+    return dict(
+        zip(named, (z if g is None else g for z, g in zip(zeros, grads, strict=True)), strict=True)
+    )
 
 
 @settings(max_examples=60, deadline=None)
