@@ -5,7 +5,7 @@ decoder per modality predicts the hidden pixels from the last stage.
 """
 
 import zlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from math import ceil
 
@@ -76,6 +76,7 @@ class MaskedImageModel(nn.Module):
         )
         self.decoders.apply(initialise)
         nn.init.trunc_normal_(self.mask_token, std=0.02)
+        self.total: Callable[[Tensor], Tensor] = lambda values: values
 
     def target_channels(self, modality: str) -> int:
         """Channels that the decoder of a modality predicts."""
@@ -102,9 +103,9 @@ class MaskedImageModel(nn.Module):
             m: self.decode(m, encoding.features[m][-1], (x.shape[-2], x.shape[-1]))
             for m, x in images.items()
         }
-        losses = {
-            m: masked_l1(reconstructions[m], *self.target(batch, m, masks[m])) for m in images
-        }
+        targets = {m: self.target(batch, m, masks[m]) for m in images}
+        values = self.counted_values(targets)
+        losses = {m: masked_l1(reconstructions[m], *targets[m], values[m]) for m in images}
         balance = balance_loss(encoding.routing)
         loss = torch.stack([*losses.values()]).sum() + self.objective.balance_weight * balance
         return PretrainOutput(loss, losses, balance, encoding.routing, reconstructions)
@@ -112,6 +113,16 @@ class MaskedImageModel(nn.Module):
     def loss(self, batch: Batch) -> PretrainOutput:
         """Forward pass on a batch that carries its masks (see `with_masks`)."""
         return self.forward(batch, batch.targets["masks"])
+
+    def counted_values(self, targets: Mapping[str, tuple[Tensor, Tensor]]) -> dict[str, Tensor]:
+        """Modality -> pixels times channels that count, in the whole batch over all ranks."""
+        here = [
+            targets[m][1].expand_as(targets[m][0]).sum()
+            if m in targets
+            else self.mask_token.new_zeros(())
+            for m in self.config.modalities
+        ]
+        return dict(zip(self.config.modalities, self.total(torch.stack(here)), strict=True))
 
     def decode(self, modality: str, features: Tensor, size: tuple[int, int]) -> Tensor:
         """Last stage (B, D, h, w) -> (B, c, H, W), cropped to the image."""
@@ -142,17 +153,21 @@ class MaskedImageModel(nn.Module):
         return paper_power_target(images, self.normalisation[modality], seen), counts
 
 
-def masked_l1(prediction: Tensor, target: Tensor, counts: Tensor) -> Tensor:
+def masked_l1(
+    prediction: Tensor, target: Tensor, counts: Tensor, values: Tensor | None = None
+) -> Tensor:
     """Σ|x - x̂|·M / (ΣM + 1e-5) / c: mean absolute error over counted pixels and channels (Eq. 5).
 
     Args:
         prediction: (B, c, H, W).
         target: (B, c, H, W).
         counts: M, (B, 1 or c, H, W) of 0 and 1.
+        values: ΣM·c of the whole batch, where this is one rank's part of it.
     """
     weight = counts.expand_as(target)
     error = (target - prediction).abs() * weight
-    return error.sum() / (weight.sum() + LOSS_EPS * target.shape[1])
+    values = weight.sum() if values is None else values
+    return error.sum() / (values + LOSS_EPS * target.shape[1])
 
 
 def depth_to_space(x: Tensor, block: int) -> Tensor:
