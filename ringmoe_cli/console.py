@@ -64,7 +64,7 @@ def on_terminal() -> bool:
 
 
 @contextmanager
-def progress(total: int, what: str, unit: str = "it") -> Iterator[Callable[..., None]]:
+def progress(total: float, what: str, unit: str = "it") -> Iterator[Callable[..., None]]:
     """Progress with rate and ETA: a live bar on a terminal, a plain line now and then elsewhere.
 
     Yields:
@@ -78,7 +78,7 @@ def progress(total: int, what: str, unit: str = "it") -> Iterator[Callable[..., 
 
 
 @contextmanager
-def live_bar(total: int, what: str, unit: str) -> Iterator[Callable[..., None]]:
+def live_bar(total: float, what: str, unit: str) -> Iterator[Callable[..., None]]:
     """A rich progress bar on stderr."""
     from rich.console import Console
     from rich.progress import (
@@ -107,7 +107,7 @@ def live_bar(total: int, what: str, unit: str) -> Iterator[Callable[..., None]]:
         yield advance
 
 
-def plain_lines(total: int, what: str, unit: str) -> Callable[..., None]:
+def plain_lines(total: float, what: str, unit: str) -> Callable[..., None]:
     """Progress for pipes and logs: one line every `PLAIN_SECONDS`, and none for short work."""
     start = last = time.monotonic()
     done = 0.0
