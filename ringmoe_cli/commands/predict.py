@@ -1,0 +1,92 @@
+"""`ringmoe predict`: scenes in, georeferenced maps out."""
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from ringmoe_cli import console
+from ringmoe_cli.options import (  # fmt: skip
+    AllowRemote,
+    Bands,
+    Device,
+    Json,
+    ModalityName,
+    Model,
+    Output,
+    Overwrite,
+    Quiet,
+)
+
+
+def predict(
+    scenes: Annotated[
+        list[str],
+        typer.Argument(help="Rasters or product folders; - reads a list from stdin."),
+    ],
+    model: Model = None,
+    output: Output = None,
+    overwrite: Overwrite = False,
+    probabilities: Annotated[
+        bool, typer.Option("--probabilities", help="Also write one band per class, 0-254.")
+    ] = False,
+    window: Annotated[
+        int | None, typer.Option(help="Side of a window in pixels.", show_default="as trained")
+    ] = None,
+    overlap: Annotated[
+        float, typer.Option(help="Share (or pixels, from 1) that neighbouring windows overlap.")
+    ] = 0.25,
+    batch: Annotated[
+        int | None, typer.Option(help="Windows per batch.", show_default="by size")
+    ] = None,
+    tta: Annotated[
+        str, typer.Option(help="`flips`: average over the four mirror images.")
+    ] = "none",
+    modality: ModalityName = None,
+    bands: Bands = None,
+    scale: Annotated[
+        str | None, typer.Option(help="factor[,offset], or dn, reflectance, amplitude, sigma0, db.")
+    ] = None,
+    beside: Annotated[
+        list[str] | None,
+        typer.Option("--with", help="A co-registered scene of another modality (fused models)."),
+    ] = None,
+    before: Annotated[
+        str | None, typer.Option(help="The earlier date of the scene (change models).")
+    ] = None,
+    skip_bad: Annotated[
+        bool, typer.Option("--skip-bad", help="Unreadable blocks become nodata, with a warning.")
+    ] = False,
+    co: Annotated[
+        list[str] | None, typer.Option("--co", help="Creation option of the COG: NAME=VALUE.")
+    ] = None,
+    device: Device = "auto",
+    allow_remote: AllowRemote = False,
+    as_json: Json = False,
+    quiet: Quiet = False,
+) -> None:
+    """Map scenes with a fine-tuned model: `<scene>_<task>.tif` beside each scene.
+
+    Examples:
+        ringmoe predict scene.tif --model runs/seg
+        ls *.tif | ringmoe predict - --model runs/seg --json
+        RINGMOE_MODEL=runs/seg ringmoe predict scene.tif -o maps/ --probabilities
+    """
+    if model is None:
+        raise typer.BadParameter(
+            "run `ringmoe demo` to get a model, or pass --model DIR or set RINGMOE_MODEL"
+        )
+    if tta not in ("none", "flips"):
+        raise typer.BadParameter(f"--tta {tta}: say flips or none")
+    console.State.quiet = quiet
+    from ringmoe_cli import maps
+    from ringmoe_cli.scene.writer import parse_options
+
+    wish = maps.Wish(
+        output, overwrite, probabilities, parse_options(co or []), modality,
+        tuple(bands.split(",")) if bands else None, scale, allow_remote, skip_bad,
+        tuple(beside or ()), before,
+    )  # fmt: skip
+    mapper = maps.load_mapper(Path(model), wish, device, window, overlap, batch, tta == "flips")
+    if maps.map_all(mapper, list(maps.scene_list(scenes)), as_json):
+        raise typer.Exit(1)

@@ -1,0 +1,46 @@
+"""The machine a command runs on: its device, and how it hands out memory."""
+
+import ctypes
+import os
+import sys
+
+from ringmoe_cli.errors import RingmoeError
+
+GDAL_CACHE_MB = 128
+"""GDAL's block cache: a few rows of blocks of the widest scenes."""
+KEPT_BYTES = 1 << 30
+"""Buffers up to this size are kept for the next batch instead of returned to the system."""
+TRIM_THRESHOLD, MMAP_THRESHOLD = -1, -3
+"""Parameters of glibc's mallopt."""
+
+
+def chosen_device(name: str) -> str:
+    """The device meant by `--device`; `auto` is the first GPU if there is one.
+
+    Raises:
+        RingmoeError: for a device that this machine lacks.
+    """
+    import torch
+
+    if name == "auto":
+        return "cuda" if torch.cuda.is_available() else "cpu"
+    try:
+        torch.empty(1, device=name)
+    except (RuntimeError, AssertionError, NotImplementedError) as error:
+        text = str(error).splitlines()[0]
+        raise RingmoeError(f"--device {name} cannot be used here: {text}") from error
+    return name
+
+
+def use_memory_steadily() -> None:
+    """Keep big buffers between batches, and GDAL's cache small; before either is used.
+
+    glibc returns every big buffer to the system when it is freed and the next batch faults it in
+    again, page by page.
+    """
+    os.environ.setdefault("GDAL_CACHEMAX", str(GDAL_CACHE_MB))
+    if sys.platform == "linux":
+        libc = ctypes.CDLL(None)
+        if hasattr(libc, "mallopt"):
+            libc.mallopt(MMAP_THRESHOLD, KEPT_BYTES)
+            libc.mallopt(TRIM_THRESHOLD, KEPT_BYTES)
