@@ -7,11 +7,14 @@ atomically, so that a half-written directory is never loaded.
 
 import shutil
 import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import torch
 from torch import Tensor, nn
 from torch.distributed.checkpoint import state_dict_loader, state_dict_saver
+from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.hf_storage import (
     HuggingFaceStorageReader,
     HuggingFaceStorageWriter,
@@ -44,12 +47,16 @@ class TrainingState:
         path = self.path(step)
         shutil.rmtree(path, ignore_errors=True)
         path.mkdir(parents=True)
-        with warnings.catch_warnings():
-            warnings.filterwarnings("ignore", message="torch.distributed is disabled")
+        with plain_errors():
             writer = HuggingFaceStorageWriter(str(path), save_distributed=True)
             state_dict_saver.save(tensors_of(network, optimiser), storage_writer=writer)
         for file in [*path.iterdir(), path]:
             synced(file)
+
+    def discard(self, step: int) -> None:
+        """Remove what a failed `write` left, unless it is the state to resume from."""
+        if step != self.latest():
+            shutil.rmtree(self.path(step), ignore_errors=True)
 
     def commit(self, step: int, keep_last: int, keep_every: int = 0) -> None:
         """Point `latest` to a written state and remove those rotated out.
@@ -76,16 +83,25 @@ class TrainingState:
         step = self.latest()
         if step == 0:
             return 0
-        tensors = tensors_of(network, optimiser)
         try:
-            with warnings.catch_warnings():
-                warnings.filterwarnings("ignore", message="torch.distributed is disabled")
-                state_dict_loader.load(
-                    tensors, storage_reader=HuggingFaceStorageReader(str(self.path(step)))
-                )
-        except Exception as damage:  # DCP wraps whatever went wrong on any rank in its own class
+            with plain_errors():
+                reader = HuggingFaceStorageReader(str(self.path(step)))
+                state_dict_loader.load(tensors_of(network, optimiser), storage_reader=reader)
+        except OSError as damage:
             raise ValueError(f"{self.path(step)} cannot be resumed: {damage}") from damage
         return step
+
+
+@contextmanager
+def plain_errors() -> Iterator[None]:
+    """DCP in one process without its warning, and its failures as an OSError of one line."""
+    try:
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", message="torch.distributed is disabled")
+            yield
+    except CheckpointException as failure:
+        causes = [str(cause) for cause, _ in failure.failures.values()]
+        raise OSError(causes[0].splitlines()[0]) from failure
 
 
 def tensors_of(network: nn.Module, optimiser: Optimizer) -> dict[str, Tensor]:

@@ -249,7 +249,18 @@ def save(
     step: int,
     publish: Callable[[int], None],
 ) -> None:
-    """Training state first, then the checkpoint, then the pointer that makes the state count."""
-    state.write(step, network, optimiser)
-    publish(step)
-    state.commit(step, config.keep_last, config.keep_every)
+    """Training state first, then the checkpoint, then the pointer that makes the state count.
+
+    Raises:
+        OSError: naming the step that is still good.
+    """
+    try:
+        state.write(step, network, optimiser)
+        publish(step)
+        state.commit(step, config.keep_last, config.keep_every)
+    except Exception as failure:
+        state.discard(step)
+        raise OSError(
+            f"step {step} could not be saved: {failure}; "
+            f"step {state.latest()} is kept, run the same command to go on from there"
+        ) from failure
