@@ -9,11 +9,14 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from model.normalisation import Normalisation
 from ringmoe_cli.errors import LabelError
 from ringmoe_cli.scene.examples import Sample, cut
+from ringmoe_cli.scene.folder_images import normalisation_of
 from ringmoe_cli.scene.grid import Grid, Window
 from ringmoe_cli.scene.labels import LabelSource, Wanted, open_labels
 from ringmoe_cli.scene.radiometry import to_physical
+from ringmoe_cli.scene.statistics import Moments, channel_keys
 from ringmoe_cli.scene.tiles import LabelLayer, Store, StoredScene
 
 KEPT_BYTES = 512 << 20
@@ -178,3 +181,29 @@ def label_source(
         return source.layer, source
     carrier = next((s for s in scenes if task in s.labels), None)
     return None if carrier is None else (carrier.labels[task], carrier)
+
+
+def statistics(places: Sequence[StorePlace]) -> dict[str, Normalisation]:
+    """Normalisation from the stores' statistics over all scenes of these places."""
+    found: dict[str, list[StoredScene]] = {}
+    for place in places:
+        for modality, dates in place.scenes.items():
+            found.setdefault(modality, []).extend(dates)
+    return {
+        m: normalisation_of(scenes[0].scene, merged_moments(scenes)) for m, scenes in found.items()
+    }
+
+
+def merged_moments(scenes: Sequence[StoredScene]) -> list[Moments]:
+    """The stored statistics of several scenes together, one entry per channel."""
+    keys = channel_keys(scenes[0].scene)
+    parts = [[moments(s.statistics[k]) for s in scenes] for k in keys]
+    return [Moments.merged(p) for p in parts]
+
+
+def moments(about: Mapping[str, float]) -> Moments:
+    """Moments from what a store says about a channel."""
+    count = about["count"]
+    return Moments(
+        int(count), about["mean"] * count, about["rms"] ** 2 * count, about["min"], about["max"]
+    )
