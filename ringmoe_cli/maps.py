@@ -12,7 +12,7 @@ from model.config import TaskConfig
 from ringmoe_cli import console
 from ringmoe_cli.errors import OutputExistsError, RingmoeError, SceneError
 from ringmoe_cli.machine import chosen_device, use_memory_steadily
-from ringmoe_cli.prediction import Network, Settings, predict_scene
+from ringmoe_cli.prediction import Network, Report, Settings, predict_scene
 from ringmoe_cli.scene.part import part_folder
 from ringmoe_cli.scene.product import Product, product_of
 from ringmoe_cli.scene.reader import SceneReader
@@ -94,7 +94,9 @@ class Mapper:
         for date in source.dates:
             for reader in date.values():
                 reader.close()  # type: ignore[attr-defined]
-        return summary(path, source, self.task, report)
+        said = summary(path, source, self.task, report)
+        warn_about(path, report, said)
+        return said
 
     def open(self, path: str) -> Normalised:
         """The scene, and those beside and before it, ready to be read."""
@@ -140,6 +142,14 @@ class Mapper:
         first, *others = product.layers
         more = {x.name: main.with_name(f"{main.stem}_{x.name}{main.suffix}") for x in others}
         return {first.name: main, **more}
+
+
+def warn_about(path: str, report: Report, said: dict[str, Any]) -> None:
+    """Say what may surprise in a finished map."""
+    for place in report.skipped:
+        console.warn(f"left out: {place}")
+    if said.get("nodata_share") == 1 or said.get("pixels") == 0:
+        console.warn(f"{path} has no valid pixel; neither has its map")
 
 
 def load_mapper(
