@@ -268,9 +268,9 @@ def test_model_comes_from_the_environment(model, scene, monkeypatch):
 @pytest.mark.filterwarnings("ignore::rasterio.errors.NotGeoreferencedWarning")
 def test_no_coordinate_system_is_kept_and_said_once(model, tmp_path):
     path = tmp_path / "s.tif"
-    values = np.random.default_rng(0).integers(1, 255, (4, 40, 50)).astype(np.uint8)
+    values = np.random.default_rng(0).integers(1, 999, (4, 40, 50)).astype(np.uint16)
     with rasterio.open(
-        path, "w", driver="GTiff", height=40, width=50, count=4, dtype="uint8"
+        path, "w", driver="GTiff", height=40, width=50, count=4, dtype="uint16"
     ) as dst:
         dst.write(values)
     done = run(path, "-m", model, "--bands", "blue,green,red,nir")
