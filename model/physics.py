@@ -5,30 +5,40 @@ polarisation basis is rotated, and equals the trace of the coherency and covaria
 HV = VH (RingMoE §3.3, "physics-informed" reconstruction).
 """
 
-from math import log10
-
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from model.normalisation import Normalisation
 
-EPS = 1e-8
-"""Added to the span of network inputs (whose components have unit scale) before the logarithm."""
+FLOOR = 1e-10
+"""Smallest power that has a decibel value: -100 dB."""
 CLIP = 3.0
 """Standardised decibels are clipped at this many deviations."""
+DIAGONAL = ("11", "22", "33")
+"""What the names of the diagonal elements of a coherency or covariance matrix end in."""
 
 
-def span(images: Tensor) -> Tensor:
-    """Total backscattered power, (B, C, H, W) re/im channels -> (B, 1, H, W)."""
-    return images.square().sum(dim=1, keepdim=True)
+def span(images: Tensor, normalisation: Normalisation) -> Tensor:
+    """Total backscattered power in physical units, (B, C, H, W) -> (B, 1, H, W).
+
+    Args:
+        images: re/im channels or matrix elements, normalised by scalars.
+        normalisation: names the channels and holds the scalars.
+    """
+    scale = torch.tensor(normalisation.std, dtype=images.dtype, device=images.device)
+    physical = images * scale[:, None, None]
+    diagonal = [i for i, name in enumerate(normalisation.bands) if name[1:] in DIAGONAL]
+    powers = physical[:, diagonal] if diagonal else physical.square()
+    return powers.sum(dim=1, keepdim=True)
 
 
 def power_target(images: Tensor, normalisation: Normalisation) -> Tensor:
     """Standardised span in decibels: (10·log10 P - mean) / std, within ±`CLIP`.
 
     Args:
-        images: (B, C, H, W) re/im channels after normalisation by one scalar.
-        normalisation: of SAR-L1; its `power_db` is in physical units.
+        images: (B, C, H, W) SAR-L1 channels after normalisation.
+        normalisation: of SAR-L1, with `power_db`.
 
     Raises:
         ValueError: if the normalisation has no `power_db`.
@@ -36,7 +46,7 @@ def power_target(images: Tensor, normalisation: Normalisation) -> Tensor:
     if normalisation.power_db is None:
         raise ValueError("the SAR-L1 normalisation has no power_db; tile the SAR-L1 scenes again")
     mean, std = normalisation.power_db
-    decibels = 10 * torch.log10(span(images) + EPS) + 20 * log10(normalisation.std[0])
+    decibels = 10 * torch.log10(span(images, normalisation).clamp(min=FLOOR))
     return ((decibels - mean) / std).clamp(-CLIP, CLIP)
 
 
@@ -46,19 +56,25 @@ def paper_power_target(images: Tensor, normalisation: Normalisation, valid: Tens
     A chip whose pixels all exceed 1 becomes constant 0: the linear clip needs calibrated products.
 
     Args:
-        images: (B, C, H, W) re/im channels after normalisation by one scalar.
-        normalisation: of SAR-L1; its scalar restores physical units.
+        images: (B, C, H, W) SAR-L1 channels after normalisation.
+        normalisation: of SAR-L1; its scalars restore physical units.
         valid: (B, 1, H, W) bool.
     """
-    power = (span(images) * normalisation.std[0] ** 2).clamp(max=1.0)
+    power = span(images, normalisation).clamp(max=1.0)
     lowest = power.masked_fill(~valid, 1.0).amin(dim=(2, 3), keepdim=True)
     highest = power.masked_fill(~valid, 0.0).amax(dim=(2, 3), keepdim=True)
-    return ((power - lowest) / (highest - lowest).clamp(min=EPS)).clamp(0.0, 1.0)
+    return ((power - lowest) / (highest - lowest).clamp(min=FLOOR)).clamp(0.0, 1.0)
 
 
-def equivalent_looks(power: Tensor) -> float:
-    """Equivalent number of looks, mean²/variance, of (N,) powers drawn from one surface."""
-    return float(power.mean().square() / power.var())
+def local_looks(power: Tensor, side: int = 7) -> float:
+    """Equivalent number of looks of (B, 1, H, W) power: median over windows of mean²/variance.
+
+    Windows that straddle surfaces count as rougher than speckle, so this errs to the low side.
+    """
+    mean = F.avg_pool2d(power.double(), side)
+    variance = F.avg_pool2d(power.double().square(), side) - mean.square()
+    seen = variance > 0
+    return float((mean.square()[seen] / variance[seen]).median()) if seen.any() else 1.0
 
 
 def log_floor(looks: float, points: int = 20001) -> float:

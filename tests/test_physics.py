@@ -10,8 +10,8 @@ import torch
 from model.normalisation import Normalisation
 from model.physics import (
     CLIP,
-    equivalent_looks,
     linear_floor,
+    local_looks,
     log_floor,
     paper_power_target,
     power_target,
@@ -19,6 +19,9 @@ from model.physics import (
 )
 
 SCALE = 0.37
+
+
+UNIT = Normalisation(("hh_re",) * 8, (0.0,) * 8, (1.0,) * 8)
 
 
 def normalisation(mean: float = -8.0, std: float = 6.0) -> Normalisation:
@@ -42,7 +45,7 @@ def channels(matrices: torch.Tensor) -> torch.Tensor:
 def test_span_is_the_sum_of_the_four_powers() -> None:
     matrices = scattering(50)
     expected = matrices.abs().square().sum((1, 2))
-    torch.testing.assert_close(span(channels(matrices))[0, 0, 0], expected)
+    torch.testing.assert_close(span(channels(matrices), UNIT)[0, 0, 0], expected)
 
 
 def test_span_does_not_change_when_the_polarisation_basis_rotates() -> None:
@@ -56,14 +59,20 @@ def test_span_does_not_change_when_the_polarisation_basis_rotates() -> None:
         dtype=torch.complex64,
     )
     turned = basis.T @ matrices @ basis
-    torch.testing.assert_close(span(channels(turned)), span(channels(matrices)))
+    torch.testing.assert_close(span(channels(turned), UNIT), span(channels(matrices), UNIT))
 
 
 def test_span_is_the_trace_of_the_coherency_matrix() -> None:
     matrices = scattering(50)
     hh, hv, vv = matrices[:, 0, 0], matrices[:, 0, 1], matrices[:, 1, 1]
     pauli = torch.stack([hh + vv, hh - vv, 2 * hv], 1) / math.sqrt(2)
-    torch.testing.assert_close(span(channels(matrices))[0, 0, 0], pauli.abs().square().sum(1))
+    coherency = pauli[:, :, None] * pauli[:, None].conj()
+    elements = [coherency[:, 0, 0].real, coherency[:, 0, 1].imag, coherency[:, 1, 1].real]
+    elements.append(coherency[:, 2, 2].real)
+    names = ("t11", "t12_im", "t22", "t33")
+    matrix = Normalisation(names, (0.0,) * 4, (SCALE,) * 4)
+    images = torch.stack(elements)[None, :, None] / SCALE
+    torch.testing.assert_close(span(images, matrix), span(channels(matrices), UNIT))
 
 
 def test_power_target_is_the_standardised_decibel_span_of_physical_units() -> None:
@@ -79,17 +88,15 @@ def test_power_target_is_clipped_also_at_zero_power() -> None:
 
 
 def test_power_target_says_when_statistics_are_missing() -> None:
-    bare = Normalisation(("hh_re",) * 8, (0.0,) * 8, (1.0,) * 8)
     with pytest.raises(ValueError, match="power_db"):
-        power_target(torch.zeros(1, 8, 4, 4), bare)
+        power_target(torch.zeros(1, 8, 4, 4), UNIT)
 
 
 def test_paper_power_equals_the_released_channel(oracle_dir: Path) -> None:
     arrays = np.load(oracle_dir / "data_pipeline.npz")
     images = torch.from_numpy(arrays["power_in_chw"])[None]
-    unit = Normalisation(("hh_re",) * 8, (0.0,) * 8, (1.0,) * 8)
     valid = torch.ones(1, 1, *images.shape[-2:], dtype=torch.bool)
-    ours = paper_power_target(images, unit, valid)[0, 0].numpy()
+    ours = paper_power_target(images, UNIT, valid)[0, 0].numpy()
     np.testing.assert_allclose(ours, arrays["power_out_chw"][0], atol=1e-5)
 
 
@@ -113,7 +120,12 @@ def test_floors_are_what_draws_of_speckle_give(looks: float) -> None:
         np.abs(decibels - np.median(decibels)).mean(), rel=0.01
     )
     assert linear_floor(looks) == pytest.approx(np.abs(gain - np.median(gain)).mean(), rel=0.01)
-    assert equivalent_looks(torch.from_numpy(gain)) == pytest.approx(looks, rel=0.02)
+    power = torch.from_numpy(gain).reshape(1, 1, 500, 800)
+    assert local_looks(power) == pytest.approx(looks, rel=0.1)
+
+
+def test_looks_of_a_constant_are_not_measured() -> None:
+    assert local_looks(torch.ones(1, 1, 16, 16)) == 1.0
 
 
 def test_single_look_floor_is_ln_2() -> None:
