@@ -1,6 +1,6 @@
 """Statistics of a scene in physical units, gathered region by region and merged exactly."""
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from math import fsum, sqrt
 from typing import Any, Self
@@ -111,6 +111,14 @@ def rescaled(m: Moments, scale: float, offset: float) -> Moments:
 def channel_keys(scene: Scene) -> tuple[str, ...]:
     """Names that belong to `region_moments`, in order."""
     return (*scene.channels, POWER) if scene.modality == "sar-l1" else scene.channels
+
+
+def moments_from(about: Mapping[str, float]) -> Moments:
+    """Inverse of `summary` for one channel."""
+    count = about["count"]
+    return Moments(
+        int(count), about["mean"] * count, about["rms"] ** 2 * count, about["min"], about["max"]
+    )
 
 
 def summary(names: Sequence[str], moments: Sequence[Moments]) -> dict[str, dict[str, float]]:
