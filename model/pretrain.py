@@ -4,7 +4,6 @@ Cells of each image are hidden, one learned token stands for every hidden patch,
 decoder per modality predicts the hidden pixels from the last stage.
 """
 
-import zlib
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from math import ceil
@@ -112,17 +111,17 @@ class MaskedImageModel(nn.Module):
 
     def loss(self, batch: Batch) -> PretrainOutput:
         """Forward pass on a batch that carries its masks (see `with_masks`)."""
-        return self.forward(batch, batch.targets["masks"])
+        output: PretrainOutput = self(batch, batch.targets["masks"])
+        return output
 
     def counted_values(self, targets: Mapping[str, tuple[Tensor, Tensor]]) -> dict[str, Tensor]:
         """Modality -> pixels times channels that count, in the whole batch over all ranks."""
-        here = [
-            targets[m][1].expand_as(targets[m][0]).sum()
-            if m in targets
-            else self.mask_token.new_zeros(())
-            for m in self.config.modalities
-        ]
-        return dict(zip(self.config.modalities, self.total(torch.stack(here)), strict=True))
+        here = torch.zeros(len(self.config.modalities), device=self.mask_token.device)
+        for i, name in enumerate(self.config.modalities):
+            if name in targets:
+                pixels, counts = targets[name]
+                here[i] = counts.expand_as(pixels).sum()
+        return dict(zip(self.config.modalities, self.total(here), strict=True))
 
     def decode(self, modality: str, features: Tensor, size: tuple[int, int]) -> Tensor:
         """Last stage (B, D, h, w) -> (B, c, H, W), cropped to the image."""
@@ -201,7 +200,13 @@ def random_mask(config: ModelConfig, ratio: float, size: tuple[int, int], *key: 
 
 
 def batch_masks(
-    config: ModelConfig, ratio: float, batch: Batch, seed: int, step: int, first: int = 0
+    config: ModelConfig,
+    ratio: float,
+    batch: Batch,
+    seed: int,
+    step: int,
+    rank: int = 0,
+    world: int = 1,
 ) -> dict[str, Tensor]:
     """Masks of all images of a batch, independent per image and modality.
 
@@ -210,15 +215,18 @@ def batch_masks(
         ratio: share of cells hidden.
         batch: its images say how many masks of which size.
         seed: of the run.
-        step: of this batch in the run.
-        first: number of the batch's first sample in the step (not 0 on later ranks).
+        step: number of this batch in the run.
+        rank: of this process; it holds every `world`-th image of the whole batch.
+        world: number of processes.
     """
-    masks = {}
+    masks, image = {}, rank
     for name, images in batch.images.items():
-        key, size = zlib.crc32(name.encode()), (images.shape[-2], images.shape[-1])
-        samples = range(first, first + len(images))
-        drawn = [random_mask(config, ratio, size, seed, step, key, i) for i in samples]
-        masks[name] = torch.stack(drawn)
+        size = (images.shape[-2], images.shape[-1])
+        numbers = range(image, image + len(images) * world, world)
+        masks[name] = torch.stack(
+            [random_mask(config, ratio, size, seed, step, n) for n in numbers]
+        )
+        image += len(images) * world
     return masks
 
 
@@ -228,9 +236,10 @@ def with_masks(
     ratio: float,
     seed: int,
     step: int,
-    first: int = 0,
+    rank: int = 0,
+    world: int = 1,
 ) -> Iterator[Batch]:
     """The same batches, each carrying its masks in `targets["masks"]`; `step` is the first's."""
     for number, batch in enumerate(batches, start=step):
-        batch.targets["masks"] = batch_masks(config, ratio, batch, seed, number, first)
+        batch.targets["masks"] = batch_masks(config, ratio, batch, seed, number, rank, world)
         yield batch

@@ -80,7 +80,7 @@ def test_mask_of_any_size_hides_the_stated_share_of_cells(
     assert corners.sum() == ceil(ratio * cells)
 
 
-def test_masks_are_a_function_of_seed_step_modality_and_sample() -> None:
+def test_masks_are_a_function_of_seed_step_and_image() -> None:
     config = ModelConfig()
     batch = Batch({m: torch.zeros(3, 1, c, 192, 192) for m, c in config.channels.items()})
     first = batch_masks(config, 0.6, batch, seed=5, step=7)
@@ -95,18 +95,26 @@ def test_masks_are_a_function_of_seed_step_modality_and_sample() -> None:
         assert not any(torch.equal(first[m], other[m]) for m in first)
 
 
-def test_masks_of_a_later_rank_are_those_of_the_later_samples() -> None:
+@pytest.mark.parametrize("world", [2, 3])
+def test_ranks_have_the_masks_of_their_images_in_the_whole_batch(world: int) -> None:
     config = ModelConfig()
-    whole = Batch({"opt": torch.zeros(4, 1, 3, 192, 192)})
-    half = Batch({"opt": torch.zeros(2, 1, 3, 192, 192)})
-    all_masks = batch_masks(config, 0.6, whole, 0, 3)["opt"]
-    second = batch_masks(config, 0.6, half, 0, 3, first=2)["opt"]
-    assert torch.equal(all_masks[2:], second)
+    counts = {"opt": 5, "ms": 3, "sar-l2": 1}
+
+    def blank(numbers: dict[str, int]) -> Batch:
+        return Batch({m: torch.zeros(n, 1, 1, 192, 192) for m, n in numbers.items() if n})
+
+    whole = torch.cat([*batch_masks(config, 0.6, blank(counts), 0, 3).values()])
+    everything = [m for m, n in counts.items() for _ in range(n)]
+    for rank in range(world):
+        held = everything[rank::world]
+        batch = blank({m: held.count(m) for m in counts})
+        masks = torch.cat([*batch_masks(config, 0.6, batch, 0, 3, rank, world).values()])
+        assert torch.equal(masks, whole[rank::world])
 
 
 def test_cells_are_hidden_equally_often() -> None:
     config = ModelConfig()
-    drawn = torch.stack([random_mask(config, 0.6, (192, 192), 0, 0, 0, i) for i in range(2000)])
+    drawn = torch.stack([random_mask(config, 0.6, (192, 192), 0, 0, i) for i in range(2000)])
     share = drawn[:, ::8, ::8].float().mean(0)
     assert (share - 22 / 36).abs().max() < 5 * (22 / 36 * 14 / 36 / 2000) ** 0.5
 

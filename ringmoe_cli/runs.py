@@ -1,0 +1,94 @@
+"""Run folders: who may write where, what may be resumed, and how a run is asked to stop."""
+
+import json
+import shutil
+import signal
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from model.checkpoint import CONFIG, read_config
+from model.state import TrainingState
+from ringmoe_cli import console
+from ringmoe_cli.errors import OutputExistsError, RingmoeError
+
+HARMLESS = {"step", "save_every", "keep_last", "keep_every", "log_every", "skip_nan"}
+"""Settings that may change between two parts of one run."""
+
+
+def claim_run(output: Path, facts: Mapping[str, Any], steps: int, overwrite: bool) -> int:
+    """Make a run folder, or take up an unfinished run of the same settings.
+
+    Args:
+        output: the folder.
+        facts: what decides the run, as its checkpoint's provenance will say.
+        steps: length of the run.
+        overwrite: replace a finished run, or one with other settings.
+
+    Returns:
+        Updates already done.
+
+    Raises:
+        OutputExistsError: if a finished run or something else is in the way.
+        RingmoeError: if an unfinished run has other settings; names the first that differs.
+    """
+    if not output.exists() or (output.is_dir() and not any(output.iterdir())):
+        output.mkdir(parents=True, exist_ok=True)
+        return 0
+    state = TrainingState(output / "state")
+    if not (output / CONFIG).is_file() and not (output / "metrics.jsonl").is_file():
+        raise OutputExistsError(output)
+    if state.latest() == 0:
+        return 0
+    difference = first_difference(dict(read_config(output).provenance), dict(facts))
+    done = state.latest()
+    if not difference and done < steps:
+        console.say(f"{output}: going on after step {done} of {steps}")
+        return done
+    if overwrite:
+        shutil.rmtree(output)
+        output.mkdir(parents=True)
+        return 0
+    if difference and done < steps:
+        raise RingmoeError(
+            f"{output} holds an unfinished run with {difference}; "
+            "repeat its command, choose another -o, or pass --overwrite"
+        )
+    raise OutputExistsError(output)
+
+
+def first_difference(before: Any, now: Any, where: str = "") -> str:
+    """`key a, not b` of the first setting that decides the run and differs; empty if none."""
+    if not (isinstance(before, dict) and isinstance(now, dict)):
+        same = json.dumps(before, default=str) == json.dumps(now, default=str)
+        return "" if same else f"{where} {before}, not {now}"
+    for key in sorted((before.keys() | now.keys()) - HARMLESS):
+        inner = f"{where}.{key}" if where else key
+        found = first_difference(before.get(key), now.get(key), inner)
+        if found:
+            return found
+    return ""
+
+
+@contextmanager
+def stop_requests() -> Iterator[Callable[[], bool]]:
+    """Ctrl-C and SIGTERM ask for a stop after the step in progress; a second one stops at once.
+
+    Yields:
+        asked(): whether to save and stop.
+    """
+    received: list[int] = []
+
+    def remember(number: int, frame: object) -> None:
+        if received:
+            raise KeyboardInterrupt
+        received.append(number)
+        console.say("stopping after this step; once more to stop at once")
+
+    before = {s: signal.signal(s, remember) for s in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield lambda: bool(received)
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
