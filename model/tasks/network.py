@@ -183,7 +183,7 @@ def load_task_network(path: Path | str) -> tuple[TaskNetwork, CheckpointConfig]:
     config = read_config(path)
     if config.task is None:
         raise ValueError(
-            f"{path} is a {config.kind} checkpoint without a task head; "
+            f"{path} has an encoder but no task head; "
             f"run `ringmoe finetune --init {path}` first"
         )
     network = TaskNetwork(RingMoE(config.model), config.task)
