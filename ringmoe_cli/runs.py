@@ -8,10 +8,13 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from model.checkpoint import CONFIG, read_config
+from model.checkpoint import write_text
 from model.state import TrainingState
 from ringmoe_cli import console
 from ringmoe_cli.errors import OutputExistsError, RingmoeError
+
+FACTS = "run.json"
+"""What decides a run, written before its first step."""
 
 HARMLESS = {"step", "save_every", "keep_last", "keep_every", "log_every", "skip_nan"}
 """Settings that may change between two parts of one run."""
@@ -22,7 +25,7 @@ def claim_run(output: Path, facts: Mapping[str, Any], steps: int, overwrite: boo
 
     Args:
         output: the folder.
-        facts: what decides the run, as its checkpoint's provenance will say.
+        facts: what decides the run, in plain JSON values.
         steps: length of the run.
         overwrite: replace a finished run, or one with other settings.
 
@@ -33,29 +36,26 @@ def claim_run(output: Path, facts: Mapping[str, Any], steps: int, overwrite: boo
         OutputExistsError: if a finished run or something else is in the way.
         RingmoeError: if an unfinished run has other settings; names the first that differs.
     """
-    if not output.exists() or (output.is_dir() and not any(output.iterdir())):
-        output.mkdir(parents=True, exist_ok=True)
-        return 0
-    state = TrainingState(output / "state")
-    if not (output / CONFIG).is_file() and not (output / "metrics.jsonl").is_file():
+    found = output / FACTS
+    if output.exists() and not found.is_file() and (output.is_file() or any(output.iterdir())):
         raise OutputExistsError(output)
-    if state.latest() == 0:
-        return 0
-    difference = first_difference(dict(read_config(output).provenance), dict(facts))
-    done = state.latest()
-    if not difference and done < steps:
-        console.say(f"{output}: going on after step {done} of {steps}")
-        return done
-    if overwrite:
+    done = TrainingState(output / "state").latest() if found.is_file() else 0
+    if done:
+        difference = first_difference(json.loads(found.read_text()), dict(facts))
+        if not difference and done < steps:
+            console.say(f"{output}: going on after step {done} of {steps}")
+            return done
+        if difference and done < steps and not overwrite:
+            raise RingmoeError(
+                f"{output} holds a run with {difference}; "
+                "repeat its command, choose another -o, or pass --overwrite"
+            )
+        if not overwrite:
+            raise OutputExistsError(output)
         shutil.rmtree(output)
-        output.mkdir(parents=True)
-        return 0
-    if difference and done < steps:
-        raise RingmoeError(
-            f"{output} holds an unfinished run with {difference}; "
-            "repeat its command, choose another -o, or pass --overwrite"
-        )
-    raise OutputExistsError(output)
+    output.mkdir(parents=True, exist_ok=True)
+    write_text(found, json.dumps(facts, indent=1) + "\n")
+    return 0
 
 
 def first_difference(before: Any, now: Any, where: str = "") -> str:
