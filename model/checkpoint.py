@@ -9,10 +9,11 @@ import hashlib
 import json
 import os
 import re
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
+from itertools import islice
 from pathlib import Path
-from typing import Any, Literal, Self
+from typing import Any, Literal, Self, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -28,6 +29,7 @@ BANK = re.compile(
     r"^(.*\bmoe\.(?:collaborative|shared|specialised\.[^.]+))\.(fc[12]\.(?:weight|bias))$"
 )
 
+Sized = TypeVar("Sized", Tensor, Spec)
 Kind = Literal["encoder", "pretraining", "task"]
 
 
@@ -107,7 +109,7 @@ def save_checkpoint(
     directory = Path(directory)
     directory.mkdir(parents=True, exist_ok=True)
     text = config.text()
-    metadata = {"format": "pt", "ringmoe": fingerprint(text)}
+    metadata = shard_metadata(text)
     parts: list[tuple[Path, list[str]]] = []
     total = 0
     for shard in shards(tensors, shard_bytes):
@@ -119,9 +121,9 @@ def save_checkpoint(
     publish(directory, parts, total, text)
 
 
-def shards(tensors: Iterable[tuple[str, Tensor]], limit: int) -> Iterator[dict[str, Tensor]]:
+def shards(tensors: Iterable[tuple[str, Sized]], limit: int) -> Iterator[dict[str, Sized]]:
     """Group tensors in order into shards of at most `limit` bytes (or one larger tensor)."""
-    shard: dict[str, Tensor] = {}
+    shard: dict[str, Sized] = {}
     size = 0
     for name, tensor in tensors:
         if shard and size + tensor.nbytes > limit:
@@ -131,6 +133,40 @@ def shards(tensors: Iterable[tuple[str, Tensor]], limit: int) -> Iterator[dict[s
         size += tensor.nbytes
     if shard:
         yield shard
+
+
+def write_checkpoint(
+    directory: Path | str,
+    config: CheckpointConfig,
+    specs: Sequence[Spec],
+    tensors: Iterable[Tensor],
+    shard_bytes: int = SHARD_BYTES,
+) -> None:
+    """Write a checkpoint whose tensors are known before they are there, one in memory at a time.
+
+    Args:
+        directory: the new checkpoint.
+        config: its config.json.
+        specs: names on disk, dtypes and shapes.
+        tensors: exactly those, in order.
+        shard_bytes: as in `save_checkpoint`.
+    """
+    directory = Path(directory)
+    directory.mkdir(parents=True, exist_ok=True)
+    text = config.text()
+    stream = iter(tensors)
+    parts: list[tuple[Path, list[str]]] = []
+    for shard in shards(((spec.name, spec) for spec in specs), shard_bytes):
+        part = directory / f".shard-{len(parts)}.part"
+        few = list(shard.values())
+        write_shard(part, few, islice(stream, len(few)), shard_metadata(text))
+        parts.append((part, list(shard)))
+    publish(directory, parts, sum(spec.nbytes for spec in specs), text)
+
+
+def shard_metadata(config: str) -> dict[str, str]:
+    """What every shard says in its header: the format, and the config.json it belongs to."""
+    return {"format": "pt", "ringmoe": fingerprint(config)}
 
 
 def publish(directory: Path, parts: list[tuple[Path, list[str]]], total: int, config: str) -> None:

@@ -22,6 +22,7 @@ from model.checkpoint import (
     disk_names,
     fingerprint,
     open_tensors,
+    shard_metadata,
     weight_map,
     write_index,
     write_text,
@@ -221,7 +222,6 @@ def prune_checkpoint(
         layer: f"model-{i + 1:05d}-of-{len(shards):05d}.safetensors"
         for i, layer in enumerate(shards)
     }
-    metadata = {"format": "pt", "ringmoe": fingerprint(text)}
     missing = {layer: outs for layer, outs in shards.items() if not (work / names[layer]).exists()}
     advance(cost(shards) - cost(missing))
     entries = [entry for out in all_of(missing) for entry in out.entries]
@@ -230,7 +230,7 @@ def prune_checkpoint(
             ffn = fit(layer) if fit and any(o.fitted is not None for o in outs) else None
             part = work / WRITING
             tensors = (made(out, reading, ffn, advance) for out in outs)
-            write_shard(part, [o.spec for o in outs], tensors, metadata)
+            write_shard(part, [o.spec for o in outs], tensors, shard_metadata(text))
             part.replace(work / names[layer])
     where = {o.spec.name: names[layer] for layer, outs in shards.items() for o in outs}
     write_index(work, where, sum(o.spec.nbytes for o in all_of(shards)), text)
