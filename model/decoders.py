@@ -26,8 +26,8 @@ def conv_block(inputs: int, outputs: int, kernel: int = 1) -> nn.Sequential:
 
 
 def groups_of(width: int) -> int:
-    """Groups of a GroupNorm: eight, or the most that divide the width."""
-    return next(g for g in (8, 4, 2, 1) if width % g == 0)
+    """Groups of a GroupNorm, of at least eight channels: one per channel would erase 1 × 1 maps."""
+    return next(g for g in range(max(1, min(32, width // 8)), 0, -1) if width % g == 0)
 
 
 def resize(x: Tensor, size: Sequence[int]) -> Tensor:

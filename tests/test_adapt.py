@@ -58,7 +58,7 @@ def test_an_encoder_is_read_for_some_modalities_and_other_bands(tmp_path, encode
     torch.testing.assert_close(
         net({"ms": x[:, [0, 1, 2, 3, 3]]})["ms"][-1], encoder({"ms": x})["ms"][-1]
     )
-    with pytest.raises(ValueError, match="was trained on .*, not on sar-l1"):
+    with pytest.raises(ValueError, match=r"was trained on .*, not on sar-l1"):
         encoder_for(tmp_path, {"sar-l1": [0]})
 
 

@@ -29,7 +29,9 @@ def test_confusion_scores_agree_with_scikit_learn(seed: int, classes: int) -> No
     matrix.update(predicted[100:], truth[100:])
     ours = matrix.compute()
     labels = range(classes)
-    assert matrix.counts.tolist() == theirs.confusion_matrix(truth, predicted, labels=labels).tolist()
+    assert (
+        matrix.counts.tolist() == theirs.confusion_matrix(truth, predicted, labels=labels).tolist()
+    )
     assert ours["accuracy"] == pytest.approx(theirs.accuracy_score(truth, predicted))
     assert ours["kappa"] == pytest.approx(theirs.cohen_kappa_score(truth, predicted))
     assert ours["balanced_accuracy"] == pytest.approx(

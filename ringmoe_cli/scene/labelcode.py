@@ -82,7 +82,7 @@ class ClassList:
 
 
 def class_list(text: str) -> ClassList:
-    """Classes from `water,land,road`, or from a CSV file of one class per line.
+    """Classes from `water,land,road` or `1=water,2=land`, or a CSV file of one class per line.
 
     Lines are `name` (indices 0, 1, …), `name,value` or `name,red,green,blue`. A class called
     "unlabelled", "ignore" or "nodata" is not learned.
@@ -91,7 +91,8 @@ def class_list(text: str) -> ClassList:
         LabelError: naming the line that cannot be read.
     """
     if not Path(text).is_file():
-        rows = [[name.strip()] for name in text.split(",") if name.strip()]
+        parts = [part.strip() for part in text.split(",") if part.strip()]
+        rows = [p.split("=", 1)[::-1] for p in parts]
     else:
         lines = Path(text).read_text().splitlines()
         rows = [[c.strip() for c in line.split(",")] for line in lines if line.strip()]
