@@ -1,0 +1,209 @@
+"""`ringmoe pretrain` from stores to a run folder, and how it stops."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from training import TIMES
+
+from model.checkpoint import read_config
+from model.encoder import RingMoE
+from model.journal import Journal
+from ringmoe_cli.errors import OutputExistsError, RingmoeError, StoreError
+from ringmoe_cli.pretraining import PretrainRequest, open_data, pretrain, simulated_stores
+from ringmoe_cli.recipe import load_pretrain_recipe
+from ringmoe_cli.runs import claim_run, first_difference, stop_requests
+
+SMALL = (
+    "model.depths=[1,1,1,1]", "model.embed_dim=8", "model.image_size=32", "model.window=4",
+    "model.mask_cell=8", "train.batch_size=8", "train.steps=4", "train.save_every=2",
+    "train.log_every=2",
+)  # fmt: skip
+PROGRAM = Path(sys.executable).parent / "ringmoe"
+
+
+@pytest.fixture(scope="module")
+def store(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("ringmoe_cli.pretraining.SIMULATED_SIZE", 96)
+        yield simulated_stores(tmp_path_factory.mktemp("simulated"))[0]
+
+
+def request(store: Path, output: Path, *changes: str) -> PretrainRequest:
+    return PretrainRequest(
+        (store,), output, load_pretrain_recipe("pretrain-nano", [*SMALL, *changes])
+    )
+
+
+def curve(folder: Path) -> list[dict[str, float]]:
+    rows = Journal(folder / "metrics.jsonl").rows()
+    return [{k: v for k, v in row.items() if k not in TIMES} for row in rows]
+
+
+def test_run_folder_is_a_checkpoint_that_opens_by_modality(store: Path, tmp_path: Path) -> None:
+    found = pretrain(request(store, tmp_path / "pre"))
+    assert found["step"] == 4
+    assert {"opt", "ms", "sar-l1", "sar-l2", "balance"} <= set(found)
+    assert 0.2 < found["sar_l1_floor"] < 1.2
+    config = read_config(tmp_path / "pre")
+    assert config.kind == "pretraining"
+    assert set(config.normalisation) == set(config.model.modalities) == set(config.gsd)
+    assert config.gsd["opt"] == 5.0
+    assert config.provenance["step"] == 4
+    net = RingMoE.from_pretrained(tmp_path / "pre", modality="ms")
+    assert net({"ms": torch.zeros(1, 4, 32, 32)})["ms"][-1].shape == (1, 64, 1, 1)
+
+
+def test_stopped_run_continues_on_real_data_bit_for_bit(store: Path, tmp_path: Path) -> None:
+    pretrain(request(store, tmp_path / "whole"))
+
+    def stop_here(*_: object) -> None:
+        os.kill(os.getpid(), signal.SIGTERM)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("ringmoe_cli.pretraining.Watch.on_step", stop_here)
+        for _ in range(2):
+            with pytest.raises(KeyboardInterrupt):
+                pretrain(request(store, tmp_path / "parts", "train.save_every=100"))
+    pretrain(request(store, tmp_path / "parts"))
+    assert curve(tmp_path / "parts") == curve(tmp_path / "whole")
+    whole, parts = ((tmp_path / n).glob("model*.safetensors") for n in ("whole", "parts"))
+    assert [p.read_bytes()[-4096:] for p in whole] == [p.read_bytes()[-4096:] for p in parts]
+
+
+def test_accumulation_sees_the_same_number_of_images(store: Path, tmp_path: Path) -> None:
+    pretrain(request(store, tmp_path, "train.accumulate=2"))
+    assert len(curve(tmp_path)) == 4
+
+
+def test_finished_run_is_refused_without_overwrite(store: Path, tmp_path: Path) -> None:
+    wanted = request(store, tmp_path, "train.steps=1", "train.warmup_steps=0")
+    pretrain(wanted)
+    before = curve(tmp_path)
+    with pytest.raises(OutputExistsError):
+        pretrain(wanted)
+    pretrain(replace(wanted, overwrite=True))
+    assert curve(tmp_path) == before
+
+
+def test_missing_modalities_are_fine_and_none_is_an_error(store: Path, tmp_path: Path) -> None:
+    one = request(
+        store, tmp_path, *(f"modalities.{m}.weight=0" for m in ("opt", "sar-l1", "sar-l2"))
+    )
+    assert list(open_data([store], one.recipe).normalisation) == ["ms"]
+    chosen = request(store, tmp_path, "modalities.ms.bands=[nir, red]")
+    assert open_data([store], chosen.recipe).normalisation["ms"].bands == ("nir", "red")
+    none = replace(one.recipe, modalities={})
+    with pytest.raises(StoreError, match="holds opt, ms, sar-l1, sar-l2; the recipe uses"):
+        open_data([store], none)
+
+
+# run folders
+
+
+def test_other_settings_are_named(tmp_path: Path) -> None:
+    facts = {"command": "pretrain", "recipe": {"train": {"lr": 1e-3, "save_every": 5}}}
+    assert claim_run(tmp_path, facts, 10, overwrite=False) == 0
+    (tmp_path / "state").mkdir()
+    (tmp_path / "state" / "latest").write_text("4\n")
+    saving = {"command": "pretrain", "recipe": {"train": {"lr": 1e-3, "save_every": 9}}}
+    assert claim_run(tmp_path, saving, 10, overwrite=False) == 4
+    other = {"command": "pretrain", "recipe": {"train": {"lr": 1e-4, "save_every": 5}}}
+    with pytest.raises(RingmoeError, match=r"recipe.train.lr 0.001, not 0.0001"):
+        claim_run(tmp_path, other, 10, overwrite=False)
+    assert claim_run(tmp_path, other, 10, overwrite=True) == 0
+    assert not (tmp_path / "state").exists()
+
+
+def test_folder_with_something_else_is_never_replaced(tmp_path: Path) -> None:
+    (tmp_path / "thesis.tex").write_text("years of work")
+    for overwrite in (False, True):
+        with pytest.raises(OutputExistsError):
+            claim_run(tmp_path, {}, 10, overwrite)
+    assert (tmp_path / "thesis.tex").exists()
+
+
+def test_difference_names_the_innermost_key() -> None:
+    assert first_difference({"a": {"b": [1, 2]}}, {"a": {"b": [1, 3]}}) == "a.b [1, 2], not [1, 3]"
+    assert first_difference({"a": 1, "step": 3}, {"a": 1, "step": 9}) == ""
+    assert first_difference({}, {"a": 1}) == "a None, not 1"
+
+
+def test_first_signal_asks_and_the_second_insists() -> None:
+    before = signal.getsignal(signal.SIGINT)
+    with stop_requests() as stop:
+        assert not stop()
+        os.kill(os.getpid(), signal.SIGINT)
+        assert stop()
+        with pytest.raises(KeyboardInterrupt):
+            os.kill(os.getpid(), signal.SIGTERM)
+    assert signal.getsignal(signal.SIGINT) is before
+
+
+# the program
+
+
+def program(*words: str, cwd: Path) -> subprocess.Popen[str]:
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    return subprocess.Popen(
+        [str(PROGRAM), "pretrain", *words], stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+        text=True, cwd=cwd, env=environment,
+    )  # fmt: skip
+
+
+def small(*changes: str) -> list[str]:
+    return [word for change in (*SMALL, *changes) for word in ("--set", change)]
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM], ids=["ctrl-c", "sigterm"])
+def test_signal_saves_and_the_same_command_goes_on(
+    store: Path, tmp_path: Path, number: signal.Signals
+) -> None:
+    words = [str(store), "-o", "pre", *small("train.steps=400", "train.save_every=400")]
+    running = program(*words, cwd=tmp_path)
+    rows = Journal(tmp_path / "pre" / "metrics.jsonl")
+    deadline = time.monotonic() + 60
+    while len(rows.rows()) < 3 and time.monotonic() < deadline:
+        time.sleep(0.05)
+    running.send_signal(number)
+    said = running.communicate(timeout=60)
+    assert running.returncode == 130, said
+    done = int((tmp_path / "pre" / "state" / "latest").read_text())
+    assert [row["step"] for row in rows.rows()] == [*range(1, done + 1)]
+    assert f"saved after step {done} of 400" in said[1]
+    assert said[0] == ""
+    assert read_config(tmp_path / "pre").provenance["step"] == done
+    assert "Traceback" not in said[1]
+
+
+def test_stdout_has_the_folder_or_json_lines(store: Path, tmp_path: Path) -> None:
+    plain = program(str(store), "-o", "a", *small(), cwd=tmp_path)
+    lines = program(str(store), "-o", "b", "--json", *small(), cwd=tmp_path)
+    out, err = plain.communicate(timeout=100)
+    assert (plain.returncode, out) == (0, "a\n"), err
+    shown = [line for line in err.splitlines() if line.startswith("{")]
+    assert [json.loads(line)["step"] for line in shown] == [2, 4]
+    assert "speckle alone leaves" in err
+    out, err = lines.communicate(timeout=100)
+    said = [json.loads(line) for line in out.splitlines()]
+    assert [row["step"] for row in said] == [2, 4, 4]
+    assert said[-1]["run"] == "b"
+
+
+def test_unknown_key_and_missing_store_are_one_line(tmp_path: Path) -> None:
+    for words in (["--set", "train.step=3"], ["missing.zarr"]):
+        running = program(*words, cwd=tmp_path)
+        out, err = running.communicate(timeout=60)
+        assert running.returncode == 1
+        assert out == ""
+        assert err.startswith("error: ")
+        assert err.count("\n") == 1
+    assert not (tmp_path / "runs" / "pre" / "state").exists()
