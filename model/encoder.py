@@ -125,7 +125,6 @@ class RingMoE(nn.Module):
             config = config.with_modalities((modality,))
         with torch.device("meta"):
             net = cls(config)
-        net.to_empty(device="cpu")
         load_module(path, net, "encoder.")
         return net.eval()
 

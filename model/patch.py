@@ -25,6 +25,7 @@ class PatchEmbed(nn.Module):
             ValueError: for an image smaller than a patch, or with other channels.
         """
         self.check(image)
+        image = image.to(self.projection.weight.dtype)
         pixels = pad_to_multiple(image.movedim(1, -1), self.projection.stride[0]).movedim(-1, 1)
         tokens: Tensor = self.norm(self.projection(pixels).movedim(1, -1))
         return tokens
