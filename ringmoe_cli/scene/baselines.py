@@ -58,10 +58,10 @@ def linear_map(
     def loss() -> torch.Tensor:
         solver.zero_grad()
         value = F.cross_entropy(x @ weight + bias, y) + 1e-6 * weight.square().sum()
-        value.backward()  # type: ignore[no-untyped-call]
+        value.backward()
         return value
 
-    solver.step(loss)  # type: ignore[no-untyped-call]
+    solver.step(loss)
     with torch.no_grad():
         pixels = (torch.from_numpy(test).flatten(1).T - mean) / std
         best = (pixels @ weight + bias).argmax(1)

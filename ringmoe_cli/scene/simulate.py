@@ -272,3 +272,12 @@ def write_raster(
             out.write_colormap(1, {i: (*colour, 255) for i, (_, colour) in enumerate(classes)})
             out.update_tags(CLASS_NAMES=json.dumps([name for name, _ in classes]))
     part.replace(path)
+
+
+def read_raster(path: Path) -> NDArray[Any]:
+    """All bands of a raster, (C, H, W)."""
+    import rasterio
+
+    with rasterio.open(path) as source:
+        values: NDArray[Any] = source.read()
+    return values
