@@ -1,0 +1,388 @@
+"""Many processes, one network: FSDP2 sharding and expert parallelism, applied from outside.
+
+The network is written for one device and does not know. `distribute` shards every block over all
+ranks, splits routed experts over `ep` neighbouring ranks, and replaces each layer's dispatch by one
+that carries tokens to their experts and back (all-to-all). Losses are normalised globally, so that
+gradients are sums over ranks: no divisor anywhere.
+"""
+
+import os
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass, replace
+from datetime import timedelta
+from typing import Any, cast
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+from torch.distributed.fsdp import (
+    FSDPModule,
+    MixedPrecisionPolicy,
+    fully_shard,
+)
+from torch.distributed.tensor import DTensor, Shard, distribute_tensor
+
+from model.encoder import Block
+from model.experts import ExpertBank, Job, RMoE, Stack, run_locally
+from model.pretrain import MaskedImageModel
+from model.router import Assignment, BranchRouting, LayerRouting, Router
+
+
+@dataclass(frozen=True)
+class Ranks:
+    """Who this process is among all."""
+
+    rank: int = 0
+    """Number of this process."""
+    world: int = 1
+    """Number of processes."""
+    local: int = 0
+    """Number of this process on its machine, which is the number of its device."""
+
+
+def ranks() -> Ranks:
+    """Ranks from the environment: torchrun's variables, else SLURM's, else a single process."""
+    for rank, world, local in (
+        ("RANK", "WORLD_SIZE", "LOCAL_RANK"),
+        ("SLURM_PROCID", "SLURM_NTASKS", "SLURM_LOCALID"),
+    ):
+        if rank in os.environ and world in os.environ:
+            return Ranks(
+                int(os.environ[rank]), int(os.environ[world]), int(os.environ.get(local, 0))
+            )
+    return Ranks()
+
+
+def join(who: Ranks, device: str, timeout: float = 600.0) -> None:
+    """Meet the other processes: NCCL between GPUs, gloo between CPUs.
+
+    Raises:
+        ValueError: if the place to meet is unknown or the others do not come.
+    """
+    if who.world == 1 or dist.is_initialized():
+        return
+    os.environ.setdefault("RANK", str(who.rank))
+    os.environ.setdefault("WORLD_SIZE", str(who.world))
+    os.environ.setdefault("MASTER_PORT", "29500")
+    if "MASTER_ADDR" not in os.environ:
+        raise ValueError(
+            f"rank {who.rank} of {who.world} does not know where to meet the others; set "
+            "MASTER_ADDR to the first node, e.g. $(scontrol show hostnames | head -n 1)"
+        )
+    backend = "nccl" if device.startswith("cuda") else "gloo"
+    try:
+        dist.init_process_group(backend, timeout=timedelta(seconds=timeout))
+    except (dist.DistError, TimeoutError) as failure:
+        raise ValueError(f"rank {who.rank} of {who.world} met nobody: {failure}") from failure
+
+
+def leave() -> None:
+    """Part from the other processes, if there are any."""
+    if dist.is_initialized():
+        dist.destroy_process_group()
+
+
+def total(statistic: Tensor) -> Tensor:
+    """Sum over ranks of something that carries no gradient."""
+    if not dist.is_initialized():
+        return statistic
+    everyone = statistic.detach().clone()
+    dist.all_reduce(everyone)
+    return everyone
+
+
+def distribute(
+    network: MaskedImageModel, device: str, ep: int = 1, precision: str = "fp32"
+) -> None:
+    """Shard a network over all processes; its `loss` then gives this rank's share of the loss.
+
+    Args:
+        network: with equal weights on every rank.
+        device: of this rank.
+        ep: ranks among which the experts of a branch are split; divides ranks and experts.
+        precision: "bf16" gathers weights in bfloat16; gradients are summed in fp32.
+
+    Raises:
+        ValueError: if `ep` divides neither ranks nor experts.
+    """
+    world = dist.get_world_size()
+    check_ep(network, world, ep)
+    network.to(device)
+    shape, kind = (world // ep, ep), torch.device(device).type
+    mesh = init_device_mesh(kind, shape, mesh_dim_names=("dp", "ep"))
+    everyone = mesh[("dp", "ep")]._flatten("everyone")
+    policy = MixedPrecisionPolicy(cast_forward_inputs=False)
+    if precision == "bf16":
+        policy = replace(policy, param_dtype=torch.bfloat16, reduce_dtype=torch.float32)
+    for block in [m for m in network.modules() if isinstance(m, Block)]:
+        split = split_experts(block.moe, mesh["ep"])
+        block.register_forward_hook(whole_batch)
+        shard(block, everyone, mesh["dp"], split, policy)
+    network.register_forward_hook(touch_absent)
+    shard(network, everyone, mesh["dp"], set(), policy)
+    network.total = total
+
+
+def check_ep(network: MaskedImageModel, world: int, ep: int) -> None:
+    """Refuse a split that leaves ranks or experts over."""
+    config = network.config
+    if world % ep:
+        raise ValueError(f"ep {ep} does not divide {world} ranks")
+    if config.kept and ep > 1:
+        raise ValueError("a pruned model trains with ep 1: its layers have unequal experts")
+    for branch in ("specialised", "collaborative"):
+        if getattr(config, branch) % ep:
+            raise ValueError(f"ep {ep} does not divide {getattr(config, branch)} {branch} experts")
+
+
+def split_experts(moe: RMoE, group: DeviceMesh) -> set[nn.Parameter]:
+    """Give each rank of a group its experts, and the layer the dispatch that reaches the others'.
+
+    Returns:
+        The parameters that are split; none where the group is one rank.
+    """
+    banks = routed_banks(moe)
+    if group.size() == 1:
+        moe.dispatch = AllBanks(banks)
+        return set()
+    split: set[nn.Parameter] = set()
+    for bank in banks:
+        for layer in (bank.fc1, bank.fc2):
+            for name in ("weight", "bias"):
+                whole = layer.get_parameter(name)
+                part = distribute_tensor(whole.detach(), group, [Shard(0)], src_data_rank=None)
+                layer.register_parameter(name, nn.Parameter(part))
+                split.add(layer.get_parameter(name))
+    moe.dispatch = ExpertParallel(banks, group)
+    return split
+
+
+def routed_banks(moe: RMoE) -> list[ExpertBank]:
+    """The banks of a layer whose tokens a router chooses, in a fixed order."""
+    banks = [] if moe.collaborative is None else [moe.collaborative]
+    return [*banks, *(cast(ExpertBank, bank) for bank in moe.specialised.values())]
+
+
+def shard(
+    module: nn.Module,
+    everyone: DeviceMesh,
+    replicas: DeviceMesh,
+    split: set[nn.Parameter],
+    policy: MixedPrecisionPolicy,
+) -> None:
+    """FSDP2 over all ranks; split experts over the ranks that hold the same ones."""
+    placement = expert_placement(split, replicas) if split else None
+    fully_shard(module, mesh=everyone, shard_placement_fn=placement, mp_policy=policy)
+    sharded = cast(FSDPModule, module)
+    sharded.set_force_sum_reduction_for_comms(True)
+    sharded.set_gradient_divide_factor(1.0)
+
+
+def expert_placement(split: set[nn.Parameter], replicas: DeviceMesh) -> Callable[..., Any]:
+    """Where split parameters are sharded: over the ranks with the same experts, by hidden width."""
+    # one FSDP group with parameters on two meshes; torch.distributed.fsdp does not export it yet
+    from torch.distributed.fsdp._fully_shard._fsdp_common import FSDPMeshInfo, ShardPlacementResult
+
+    there = ShardPlacementResult(Shard(1), FSDPMeshInfo(replicas, shard_mesh_dim=0))
+    return lambda parameter: there if parameter in split else None
+
+
+class AllBanks:
+    """Runs a layer here with all its banks, so that all ranks have the same gradients to reduce."""
+
+    def __init__(self, banks: list[ExpertBank]) -> None:
+        self.banks = banks
+
+    def __call__(self, x_TD: Tensor, jobs: list[Job]) -> Tensor:
+        """The layer's jobs and an empty one for each bank of an absent modality."""
+        there = {id(job.bank) for job in jobs}
+        absent = [bank for bank in self.banks if id(bank) not in there]
+        return run_locally(x_TD, jobs + [Job(b, nothing_for(b, x_TD)) for b in absent])
+
+
+def nothing_for(bank: ExpertBank, x_TD: Tensor) -> Assignment:
+    """An assignment of no tokens."""
+    rows = torch.zeros(0, dtype=torch.long, device=x_TD.device)
+    counts = torch.zeros(len(bank), dtype=torch.long, device=x_TD.device)
+    return Assignment(rows, x_TD.new_zeros(0), counts)
+
+
+class HeldBank:
+    """The experts of a split bank that this rank holds."""
+
+    def __init__(self, bank: ExpertBank) -> None:
+        self.bank, self.gelu = bank, bank.gelu
+
+    def stack(self, dtype: torch.dtype) -> Stack:
+        """Their parameters."""
+        held = (cast(DTensor, tensor).to_local() for tensor in self.bank.stack(dtype))
+        return cast(Stack, tuple(held))
+
+
+class ExpertParallel:
+    """Carries tokens to the ranks that hold their experts, and the outputs back.
+
+    One exchange serves all routed branches of a layer.
+    """
+
+    def __init__(self, banks: list[ExpertBank], group: DeviceMesh) -> None:
+        self.banks, self.group = banks, group.get_group()
+        self.ranks = group.size()
+
+    def __call__(self, x_TD: Tensor, jobs: list[Job]) -> Tensor:
+        """Replaces `run_locally` on a group of ranks that all call it."""
+        if torch.is_autocast_enabled(x_TD.device.type):
+            x_TD = x_TD.to(torch.get_autocast_dtype(x_TD.device.type))
+        given = {id(job.bank): job.assignment for job in jobs if job.assignment is not None}
+        plans = [given.get(id(bank)) or nothing_for(bank, x_TD) for bank in self.banks]
+        rows_N, gate_N, sent = self.by_rank(plans)
+        received = self.exchange_counts(sent)
+        send, receive = sent.sum((1, 2)).tolist(), received.sum((1, 2)).tolist()
+        there_RD = Exchange.apply(x_TD[rows_N], receive, send, self.group)
+        done_RD = run_locally(there_RD, self.held_jobs(received, there_RD))
+        back_ND = Exchange.apply(done_RD, send, receive, self.group)
+        shared = [job for job in jobs if job.assignment is None]
+        y_TD = run_locally(x_TD, shared) if shared else torch.zeros_like(x_TD)
+        return y_TD.index_add(0, rows_N, back_ND * gate_N.to(back_ND.dtype)[:, None])
+
+    def by_rank(self, plans: list[Assignment]) -> tuple[Tensor, Tensor, Tensor]:
+        """Assignments of all branches in the order (rank, branch, expert), and their counts.
+
+        Returns:
+            rows_N, gate_N, and counts (ranks, branches, experts of a rank and branch).
+        """
+        counts = torch.stack([p.counts_E.unflatten(0, (self.ranks, -1)) for p in plans], dim=1)
+        sizes = counts.sum(2).t().tolist()  # (branches, ranks)
+        rows = [p.rows_N.split(n) for p, n in zip(plans, sizes, strict=True)]
+        gates = [p.gate_N.split(n) for p, n in zip(plans, sizes, strict=True)]
+        order = [(b, r) for r in range(self.ranks) for b in range(len(plans))]
+        return (
+            torch.cat([rows[b][r] for b, r in order]),
+            torch.cat([gates[b][r] for b, r in order]),
+            counts,
+        )
+
+    def exchange_counts(self, sent: Tensor) -> Tensor:
+        """(ranks, branches, experts): what this rank sends -> what it receives."""
+        received = torch.empty_like(sent)
+        dist.all_to_all_single(received, sent.contiguous(), group=self.group)
+        return received
+
+    def held_jobs(self, received: Tensor, there_RD: Tensor) -> list[Job]:
+        """Jobs for received tokens, which come in the order (rank, branch, expert)."""
+        ranks, branches, experts = received.shape
+        slot = torch.arange(branches * experts, device=received.device).repeat(ranks)
+        order = slot.repeat_interleave(received.flatten()).argsort(stable=True)
+        counts = received.sum(0)
+        ones = torch.ones(len(order), dtype=there_RD.dtype, device=there_RD.device)
+        sizes = counts.sum(1).tolist()
+        pieces = zip(self.banks, order.split(sizes), ones.split(sizes), counts, strict=True)
+        return [
+            Job(cast(ExpertBank, HeldBank(bank)), Assignment(rows, gates, count))
+            for bank, rows, gates, count in pieces
+        ]
+
+
+class Exchange(torch.autograd.Function):
+    """Rows to other ranks and rows from them; the gradient takes the way back."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, x: Tensor, receive: list[int], send: list[int], group: dist.ProcessGroup
+    ) -> Tensor:
+        """(sum(send), D) -> (sum(receive), D)."""
+        ctx.splits = (receive, send, group)
+        out = x.new_empty(sum(receive), *x.shape[1:])
+        dist.all_to_all_single(out, x.contiguous(), receive, send, group=group)
+        return out
+
+    @staticmethod
+    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor, None, None, None]:
+        """(sum(receive), D) -> (sum(send), D)."""
+        receive, send, group = ctx.splits
+        dx = dy.new_empty(sum(send), *dy.shape[1:])
+        dist.all_to_all_single(dx, dy.contiguous(), send, receive, group=group)
+        return dx, None, None, None
+
+
+class Touch(torch.autograd.Function):
+    """Identity that gives some parameters a gradient of zero: ranks must reduce the same ones."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, *parameters: Tensor) -> Tensor:
+        """A copy of `x` (FSDP wants no view)."""
+        ctx.shapes = [(p.shape, p.dtype, p.device) for p in parameters]
+        return x.clone()
+
+    @staticmethod
+    def backward(ctx: Any, dx: Tensor) -> tuple[Tensor, ...]:
+        """Zeros for the parameters."""
+        return (dx, *(torch.zeros(s, dtype=t, device=d) for s, t, d in ctx.shapes))
+
+
+def whole_batch(block: Block, inputs: Any, output: Any) -> Any:
+    """Forward hook of a block: the routing of all ranks, and a gradient for every router.
+
+    Counts are summed over ranks and probabilities are not: f_e of the balance loss is that of the
+    whole batch, and each rank's loss is its own share of the sum.
+    """
+    x, routing = output
+    branches: dict[str, BranchRouting] = {}
+    absent: list[Tensor] = []
+    for name, router in routers(block.moe):
+        branch = routing.branches.get(name)
+        if branch is None:
+            absent.append(router.weight)
+            branch = no_routing(router, x)
+        numbers = branch.counts_E.new_tensor([branch.tokens, branch.dropped])
+        counted = total(torch.cat([branch.counts_E, numbers]))
+        tokens, dropped = counted[-2:].tolist()
+        branches[name] = BranchRouting(counted[:-2], branch.probability_E, tokens, dropped)
+    return (Touch.apply(x, *absent) if absent else x), LayerRouting(branches)
+
+
+def routers(moe: RMoE) -> Iterator[tuple[str, Router]]:
+    """Branch name and router, in a fixed order."""
+    if "collaborative" in moe.router:
+        yield "collaborative", cast(Router, moe.router["collaborative"])
+    if "specialised" in moe.router:
+        for name, router in cast(nn.ModuleDict, moe.router["specialised"]).items():
+            yield f"specialised.{name}", cast(Router, router)
+
+
+def no_routing(router: Router, x: Tensor) -> BranchRouting:
+    """What a router did that met no token."""
+    nothing = torch.zeros(len(router.weight), device=x.device)
+    wide = torch.promote_types(x.dtype, torch.float32)
+    return BranchRouting(nothing.long(), nothing.to(wide), 0)
+
+
+def touch_absent(network: MaskedImageModel, inputs: Any, output: Any) -> Any:
+    """Forward hook of the network: a gradient for embedding and decoder of absent modalities."""
+    absent = [
+        parameter
+        for name in network.config.modalities
+        if name not in output.losses
+        for module in (network.encoder.patch_embeds[name], network.decoders[name])
+        for parameter in module.parameters()
+    ]
+    return replace(output, loss=Touch.apply(output.loss, *absent)) if absent else output
+
+
+def clip_grad_norm(parameters: Iterable[nn.Parameter], limit: float) -> Tensor:
+    """Scale gradients to a norm of at most `limit` and return the norm before.
+
+    Every element of every gradient lives on exactly one rank, whatever its mesh: squares add up.
+    """
+    gradients = [cast(DTensor, p.grad).to_local() for p in parameters if p.grad is not None]
+    norms = torch.stack(torch._foreach_norm(gradients)) if gradients else torch.zeros(1)
+    norm = total(norms.square().sum()).sqrt()
+    torch._foreach_mul_(gradients, (limit / (norm + 1e-6)).clamp(max=1.0))
+    return norm
+
+
+def whole_tensors(network: nn.Module) -> Iterator[tuple[str, Tensor]]:
+    """Name and full tensor of everything in a sharded network; all ranks iterate together."""
+    for name, tensor in network.state_dict().items():
+        yield name, tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
