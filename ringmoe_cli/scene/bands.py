@@ -79,7 +79,7 @@ def canonical(name: str, numbers: Mapping[str, str] | None = None) -> str:
         name: as written in a file or by a user.
         numbers: meaning of `b1`, `b2` …, where the sensor is known.
     """
-    text = re.sub(r"\s+", " ", name.strip().lower())
+    text = re.sub(r"\s+", " ", stripped(name).lower())
     text = re.sub(r" ?band$|\.(bin|tif|tiff)$", "", text)
     bare = re.sub(r"[\s_-]", "", text)
     numbered = re.sub(r"^(b|band)0*(\d+a?)$", r"b\2", bare)
@@ -97,11 +97,15 @@ def canonical(name: str, numbers: Mapping[str, str] | None = None) -> str:
     return numbered if numbered != bare else re.sub(r"[\s-]+", "_", text)
 
 
+def stripped(name: str) -> str:
+    """A description without the wavelength that GDAL appends to ENVI's: `red (0.66 Micrometers)`."""
+    return re.sub(r"\s*\([\d.]+ [a-zA-Z]+\)$", "", name.strip())
+
+
 def is_meaningful(name: str | None) -> bool:
     """Whether a description names a band at all (GDAL and ERDAS write `Band 1` for nothing)."""
-    return bool(name and name.strip()) and not re.fullmatch(
-        r"(band|layer|channel)[ _]?\d*", str(name).strip().lower()
-    )
+    text = stripped(name or "").lower()
+    return bool(text) and not re.fullmatch(r"(band|layer|channel)[ _]?\d*", text)
 
 
 def sentinel2_numbers(names: Sequence[str]) -> bool:

@@ -46,7 +46,7 @@ class Grid:
     """Pixel corner to ground; the identity where nothing places the scene, or points do."""
     gcps: tuple[ControlPoint, ...] = ()
     """Ground control points, if the scene has no transform."""
-    rpcs: Mapping[str, Any] | None = field(default=None, hash=False)
+    rpcs: Mapping[str, str] | None = field(default=None, hash=False)
     """Rational polynomial coefficients in GDAL's names, if the scene has them."""
     pixel_is_point: bool = False
     """The file says its coordinates belong to pixel centres (GDAL has moved them already)."""
@@ -193,18 +193,18 @@ def metres(
     return float(sum(lengths) / len(lengths))
 
 
-def shifted_rpcs(rpcs: Mapping[str, Any], row: int, col: int) -> dict[str, Any]:
+def shifted_rpcs(rpcs: Mapping[str, str], row: int, col: int) -> dict[str, str]:
     """RPCs of an image that starts at this pixel of the original."""
     moved = dict(rpcs)
-    moved["LINE_OFF"] = float(rpcs["LINE_OFF"]) - row
-    moved["SAMP_OFF"] = float(rpcs["SAMP_OFF"]) - col
+    moved["LINE_OFF"] = str(float(rpcs["LINE_OFF"]) - row)
+    moved["SAMP_OFF"] = str(float(rpcs["SAMP_OFF"]) - col)
     return moved
 
 
-def scaled_rpcs(rpcs: Mapping[str, Any], rows: float, cols: float) -> dict[str, Any]:
+def scaled_rpcs(rpcs: Mapping[str, str], rows: float, cols: float) -> dict[str, str]:
     """RPCs of an image whose pixels are `rows` × `cols` original ones (centres at integers)."""
     scaled = dict(rpcs)
     for axis, factor in (("LINE", rows), ("SAMP", cols)):
-        scaled[f"{axis}_OFF"] = (float(rpcs[f"{axis}_OFF"]) + 0.5) / factor - 0.5
-        scaled[f"{axis}_SCALE"] = float(rpcs[f"{axis}_SCALE"]) / factor
+        scaled[f"{axis}_OFF"] = str((float(rpcs[f"{axis}_OFF"]) + 0.5) / factor - 0.5)
+        scaled[f"{axis}_SCALE"] = str(float(rpcs[f"{axis}_SCALE"]) / factor)
     return scaled

@@ -119,7 +119,9 @@ class RasterLabels:
                 resampling=how,
                 **options,
             ) as warped:
-                return warped.read(1, window=part), warped.dataset_mask(window=part) > 0
+                if options:  # an alpha band of signed numbers is no mask to GDAL
+                    return warped.read(1, window=part), warped.read(2, window=part) > 0
+                return warped.read(1, window=part), warped.read_masks(1, window=part) > 0
 
 
 def open_label_raster(path: Path, grid: Grid, wanted: Wanted) -> RasterLabels:
