@@ -91,7 +91,8 @@ class ModelConfig:
 
     def stage_window(self, stage: int) -> int:
         """Attention window of a stage in tokens: min(window, grid of a training chip)."""
-        return min(self.window, max(1, self.image_size // (self.patch_size * 2**stage)))
+        stride: int = self.patch_size * 2**stage
+        return min(self.window, max(1, self.image_size // stride))
 
     def experts_of(self, stage: int, block: int, branch: str) -> tuple[int, ...]:
         """Router rows of the experts present in a branch of one layer."""
@@ -116,12 +117,15 @@ class ModelConfig:
         unknown = set(values) - set(cls.__dataclass_fields__)
         if unknown:
             raise ValueError(f"unknown model field(s): {', '.join(sorted(unknown))}")
-        plain = {k: tuple(v) if isinstance(v, list) else v for k, v in values.items()}
+        plain: dict[str, Any] = {
+            k: tuple(v) if isinstance(v, list) else v for k, v in values.items()
+        }
         kept = {
             layer: {branch: tuple(rows) for branch, rows in branches.items()}
             for layer, branches in values.get("kept", {}).items()
         }
-        return cls(**{**plain, "kept": kept})
+        plain["kept"] = kept
+        return cls(**plain)
 
 
 def check(config: ModelConfig) -> None:
@@ -199,6 +203,8 @@ class TaskConfig:
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> Self:
         """Inverse of `dataclasses.asdict`; lists become tuples."""
-        plain = {k: tuple(v) if isinstance(v, list) else v for k, v in values.items()}
+        plain: dict[str, Any] = {
+            k: tuple(v) if isinstance(v, list) else v for k, v in values.items()
+        }
         plain["colours"] = tuple(tuple(c) for c in values.get("colours", ()))
         return cls(**plain)

@@ -77,7 +77,7 @@ def run_locally(x_TD: Tensor, jobs: list[Job]) -> Tensor:
         tensors += job.bank.stack(x_TD.dtype)
     form = "tanh" if jobs[0].bank.gelu == "tanh" else "none"
     plan = Plan(counts, form, torch.is_grad_enabled())
-    y_TD: Tensor = Mixture.apply(x_TD, plan, *tensors)
+    y_TD: Tensor = Mixture.apply(x_TD, plan, *tensors)  # type: ignore[no-untyped-call]
     return y_TD
 
 

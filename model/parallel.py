@@ -239,9 +239,9 @@ class ExpertParallel:
         rows_N, gate_N, sent = self.by_rank(plans)
         received = self.exchange_counts(sent)
         send, receive = sent.sum((1, 2)).tolist(), received.sum((1, 2)).tolist()
-        there_RD = Exchange.apply(x_TD[rows_N], receive, send, self.group)
+        there_RD = Exchange.apply(x_TD[rows_N], receive, send, self.group)  # type: ignore[no-untyped-call]
         done_RD = run_locally(there_RD, self.held_jobs(received, there_RD))
-        back_ND = Exchange.apply(done_RD, send, receive, self.group)
+        back_ND = Exchange.apply(done_RD, send, receive, self.group)  # type: ignore[no-untyped-call]
         shared = [job for job in jobs if job.assignment is None]
         y_TD = run_locally(x_TD, shared) if shared else torch.zeros_like(x_TD)
         return y_TD.index_add(0, rows_N, back_ND * gate_N.to(back_ND.dtype)[:, None])
@@ -339,7 +339,7 @@ def whole_batch(block: Block, inputs: Any, output: Any) -> Any:
         counted = total(torch.cat([branch.counts_E, numbers]))
         tokens, dropped = counted[-2:].tolist()
         branches[name] = BranchRouting(counted[:-2], branch.probability_E, tokens, dropped)
-    return (Touch.apply(x, *absent) if absent else x), LayerRouting(branches)
+    return (Touch.apply(x, *absent) if absent else x), LayerRouting(branches)  # type: ignore[no-untyped-call]
 
 
 def routers(moe: RMoE) -> Iterator[tuple[str, Router]]:
@@ -367,7 +367,7 @@ def touch_absent(network: MaskedImageModel, inputs: Any, output: Any) -> Any:
         for module in (network.encoder.patch_embeds[name], network.decoders[name])
         for parameter in module.parameters()
     ]
-    return replace(output, loss=Touch.apply(output.loss, *absent)) if absent else output
+    return replace(output, loss=Touch.apply(output.loss, *absent)) if absent else output  # type: ignore[no-untyped-call]
 
 
 def clip_grad_norm(parameters: Iterable[nn.Parameter], limit: float) -> Tensor:
