@@ -26,10 +26,13 @@ class Normalisation:
     """SAR-L1 only: mean and standard deviation of 10·log10(span)."""
 
     def apply(self, values: NDArray[np.float32], valid: NDArray[np.bool_]) -> NDArray[np.float32]:
-        """Normalise (..., C, H, W) values; pixels where (..., 1 or C, H, W) `valid` is false become 0."""
+        """Normalise (..., C, H, W) values; where (..., 1 or C, H, W) `valid` is false they become 0."""
         mean = np.asarray(self.mean, np.float32)[:, None, None]
         std = np.asarray(self.std, np.float32)[:, None, None]
-        return np.where(valid, (values - mean) / std, np.float32(0)).astype(np.float32, copy=False)
+        out = np.subtract(values, mean, dtype=np.float32)
+        out /= std
+        np.copyto(out, np.float32(0), where=~valid)
+        return out
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> Self:

@@ -97,15 +97,17 @@ def partition(length: int, count: int, window: int, stride: int) -> NDArray[np.f
 class Stitcher:
     """Adds windows, row of windows by row of windows, and hands out finished scene rows.
 
-    Memory is one ring of `window` rows: channels x window x width float32.
+    The scene is cut into bands of `stride` rows, of which row of windows i completes the i-th. Only
+    bands that a window has begun and none has completed are in memory: channels x window x width
+    float32, rounded up to whole bands.
     """
 
     def __init__(self, lattice: Lattice, channels: int, first: int = 0) -> None:
-        """Start at a row of windows; earlier rows count as given out."""
+        """Start at a row of windows; earlier bands count as given out."""
         self.lattice = lattice
+        self.channels = channels
         self.row = first
-        shape = (channels, lattice.window, lattice.padded_width)
-        self.ring: NDArray[np.float32] = np.zeros(shape, np.float32)
+        self.bands: dict[int, NDArray[np.float32]] = {}
         self.scratch: NDArray[np.float32] = np.empty((lattice.window,) * 2, np.float32)
         self.taper_cache: dict[tuple[bytes, bytes], NDArray[np.float32]] = {}
 
@@ -114,19 +116,23 @@ class Stitcher:
 
         A window of a row before the current one adds only its part that is not yet given out.
         """
-        lattice = self.lattice
-        skip = (self.row - row) * lattice.stride
-        if skip >= lattice.window:
-            return
+        stride, window = self.lattice.stride, self.lattice.window
         weights = self.weights(row, column)
-        top, left = row * lattice.stride, column * lattice.stride
-        columns = slice(left, left + lattice.window)
-        for source, target in ring_slices(skip, lattice.window, top, lattice.window):
-            part = self.scratch[: source.stop - source.start]
-            for channel, value in zip(self.ring, values, strict=True):
-                blended = channel[target, columns]
-                np.multiply(value[source], weights[source], out=part)
-                np.add(blended, part, out=blended)
+        columns = slice(column * stride, column * stride + window)
+        for band in range(max(row, self.row), row + self.lattice.reach + 1):
+            inside = slice((band - row) * stride, min((band - row + 1) * stride, window))
+            part = self.scratch[inside]
+            target = self.band(band)[:, : len(part), columns]
+            for channel, value in zip(target, values, strict=True):  # stays in the CPU's cache
+                np.multiply(value[inside], weights[inside], out=part)
+                np.add(channel, part, out=channel)
+
+    def band(self, number: int) -> NDArray[np.float32]:
+        """Sums of a band of rows, (K, stride, padded width)."""
+        if number not in self.bands:
+            shape = (self.channels, self.lattice.stride, self.lattice.padded_width)
+            self.bands[number] = np.zeros(shape, np.float32)
+        return self.bands[number]
 
     def weights(self, row: int, column: int) -> NDArray[np.float32]:
         """The taper of one window, (window, window)."""
@@ -138,26 +144,12 @@ class Stitcher:
 
     def finish(self) -> NDArray[np.float32]:
         """Scene rows that the current row of windows completes, (K, rows, width); moves on."""
-        lattice = self.lattice
-        start, stop = lattice.finished(self.row)
-        done: NDArray[np.float32] = np.empty(
-            (len(self.ring), stop - start, lattice.width), np.float32
-        )
-        for source, target in ring_slices(0, stop - start, start, lattice.window):
-            done[:, source] = self.ring[:, target, : lattice.width]
-            self.ring[:, target] = 0
+        start, stop = self.lattice.finished(self.row)
+        last = self.row == self.lattice.rows - 1
+        numbers = range(self.row, self.row + (self.lattice.reach if last else 0) + 1)
+        done = [self.band(number) for number in numbers]
+        for number in numbers:
+            del self.bands[number]
         self.row += 1
-        return done
-
-
-def ring_slices(begin: int, end: int, top: int, size: int) -> Iterator[tuple[slice, slice]]:
-    """Where rows begin..end-1 of a block whose row 0 is scene row `top` lie in a ring of rows.
-
-    Yields:
-        (rows of the block, rows of the ring): one pair, or two where the ring wraps.
-    """
-    while begin < end:
-        at = (top + begin) % size
-        n = min(end - begin, size - at)
-        yield slice(begin, begin + n), slice(at, at + n)
-        begin += n
+        whole = done[0] if len(done) == 1 else np.concatenate(done, axis=1)
+        return whole[:, : stop - start, : self.lattice.width]

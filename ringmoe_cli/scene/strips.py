@@ -64,8 +64,8 @@ class Normalised:
         for modality in self.modalities:
             norm = self.normalisation[modality]
             parts = [date[modality].physical(window) for date in self.dates]
-            images[modality] = np.stack([norm.apply(v, ok[None]) for v, ok in parts])
-            valid[modality] = np.stack([ok for _, ok in parts])
+            images[modality] = stacked([norm.apply(v, ok[None]) for v, ok in parts])
+            valid[modality] = stacked([ok for _, ok in parts])
         return Strip(images, valid)
 
 
@@ -81,8 +81,8 @@ class Strip:
     @property
     def seen(self) -> NDArray[np.bool_]:
         """Where every date has a measurement of some modality, (h, w)."""
-        seen: NDArray[np.bool_] = np.any(np.stack(list(self.valid.values())), axis=0).all(axis=0)
-        return seen
+        some = stacked(list(self.valid.values()))  # (M, T, h, w)
+        return np.asarray(some.any(axis=0).all(axis=0))
 
     def below(self, other: "Strip", keep: int) -> "Strip":
         """The last `keep` rows of this strip and, under them, another."""
@@ -204,6 +204,11 @@ class SkipBad:
         return Strip(images, valid)
 
 
+def stacked(arrays: list[NDArray[Any]]) -> NDArray[Any]:
+    """Arrays along a new first axis; a single one is not copied."""
+    return arrays[0][None] if len(arrays) == 1 else np.stack(arrays)
+
+
 def halves(window: Window) -> tuple[Window, Window]:
     """A window cut in two across its longer side."""
     row, col, height, width = window
@@ -228,7 +233,7 @@ def collate(parts: list[Strip]) -> Batch:
     images, valid = {}, {}
     for m in parts[0].images:
         images[m] = torch.from_numpy(np.stack([p.images[m] for p in parts]))
-        mask = np.stack([p.valid[m] for p in parts])
-        if not mask.all():
+        if not all(p.valid[m].all() for p in parts):
+            mask = np.stack([p.valid[m] for p in parts])
             valid[m] = torch.from_numpy(mask[:, :, None])
     return Batch(images=images, valid=valid)

@@ -1,0 +1,144 @@
+"""Whole time of `ringmoe predict` over the pure forward time of the same windows.
+
+    python benchmarks/predict.py [--size 2048] [--preset nano] [--classes 8] [--probabilities]
+
+The command runs in a process of its own (imports, model, reading, blending, COG). Then, in this
+process, a warm model runs forward over as many batches of the same size, one after the other, and
+nothing else. Both quotients are printed: of wall times, which means something on a quiet machine
+only, and of CPU-seconds, which also holds on a busy one if OMP_NUM_THREADS=1. So is the command's
+peak memory beside what importing and loading alone take.
+"""
+
+import argparse
+import json
+import os
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+import numpy as np
+import rasterio
+import torch
+from rasterio.transform import Affine
+
+from model.batch import Batch
+from model.checkpoint import CheckpointConfig, disk_tensors, save_checkpoint
+from model.config import ModelConfig, TaskConfig
+from model.encoder import RingMoE
+from model.normalisation import Normalisation
+from model.tasks.network import TaskNetwork, load_task_network
+from ringmoe_cli.machine import use_memory_steadily
+from ringmoe_cli.prediction import Settings
+from ringmoe_cli.scene.stitch import Lattice
+
+BANDS = ("blue", "green", "red", "nir")
+IDLE = "import resource, sys; from pathlib import Path; from ringmoe_cli import maps; " \
+    "maps.load_mapper(Path(sys.argv[1]), maps.Wish()); " \
+    "print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)"  # fmt: skip
+
+
+def make_model(folder: Path, preset: str, classes: int) -> None:
+    torch.manual_seed(0)
+    config = ModelConfig.preset(preset, channels={"ms": 4})
+    names = tuple(f"class {i}" for i in range(classes))
+    width = 64 if preset == "nano" else 256
+    task = TaskConfig("segmentation", names, (), ("ms",), window=config.image_size, channels=width)
+    norm = Normalisation(BANDS, (0.1,) * 4, (0.05,) * 4)
+    about = CheckpointConfig(config, "task", {"ms": norm}, {"ms": 10.0}, task)
+    save_checkpoint(folder, about, disk_tensors(TaskNetwork(RingMoE(config), task)))
+
+
+def make_scene(path: Path, height: int, width: int) -> None:
+    """A Sentinel-2-like GeoTIFF: patches with noise, deflate, 512 px tiles."""
+    rng = np.random.default_rng(0)
+    patches = rng.integers(300, 3000, (4, height // 16 + 1, width // 16 + 1)).astype(np.uint16)
+    with rasterio.open(
+        path, "w", driver="GTiff", height=height, width=width, count=4, dtype="uint16", nodata=0,
+        tiled=True, blockxsize=512, blockysize=512, compress="deflate", num_threads="all_cpus",
+        crs="EPSG:32630", transform=Affine(10, 0, 500000, 0, -10, 5000000),
+    ) as dst:  # fmt: skip
+        for top in range(0, height, 512):
+            n = min(512, height - top)
+            block = patches[:, top // 16 : (top + n - 1) // 16 + 1]
+            fine = block.repeat(16, 1).repeat(16, 2)[:, :n, :width]
+            noise = rng.integers(0, 64, (4, n, width), dtype=np.uint16)
+            dst.write(fine + noise, window=((top, top + n), (0, width)))
+        dst.descriptions = BANDS
+        dst.scales = (1e-4,) * 4
+
+
+def command(scene: Path, model: Path, extra: list[str]) -> tuple[float, float, float]:
+    """Wall seconds, CPU seconds and peak MB of one run of the command."""
+    start = time.perf_counter()
+    child = subprocess.Popen(
+        [sys.executable, "-m", "ringmoe_cli", "predict", str(scene), "-m", str(model),
+         "--overwrite", "-q", *extra], stdout=subprocess.DEVNULL,
+    )  # fmt: skip
+    _, status, used = os.wait4(child.pid, 0)
+    child.returncode = status
+    assert status == 0
+    wall = time.perf_counter() - start
+    return wall, used.ru_utime + used.ru_stime, used.ru_maxrss / 1024
+
+
+def forward_seconds(model: Path, height: int, width: int) -> tuple[float, float, int]:
+    """Wall and CPU time of the forward pass over the scene's windows, and their number.
+
+    Some batches are timed, until 15 CPU-seconds have passed; the times are counted for all.
+    """
+    use_memory_steadily()
+    network, config = load_task_network(model)
+    settings = Settings.of(config.task.window)
+    lattice = Lattice(height, width, settings.window, settings.overlap)
+    windows = lattice.rows * lattice.columns
+    torch.manual_seed(0)
+    shape = (settings.batch, 1, 4, settings.window, settings.window)
+    batches = [Batch(images={"ms": torch.randn(shape)}) for _ in range(4)]
+    for batch in batches:
+        network.predict(batch)
+    wall, cpu, timed = time.perf_counter(), time.process_time(), 0
+    while timed < windows / settings.batch and time.process_time() - cpu < 15:
+        network.predict(batches[timed % 4])
+        timed += 1
+    share = windows / settings.batch / timed
+    return (time.perf_counter() - wall) * share, (time.process_time() - cpu) * share, windows
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--size", type=int, default=2048)
+    parser.add_argument("--height", type=int)
+    parser.add_argument("--preset", default="nano")
+    parser.add_argument("--classes", type=int, default=8)
+    parser.add_argument("--probabilities", action="store_true")
+    given = parser.parse_args()
+    height = given.height or given.size
+    extra = ["--probabilities"] if given.probabilities else []
+    with tempfile.TemporaryDirectory() as folder:
+        model, scene = Path(folder, "model"), Path(folder, "scene.tif")
+        make_model(model, given.preset, given.classes)
+        make_scene(scene, height, given.size)
+        idle = int(
+            subprocess.run(
+                [sys.executable, "-c", IDLE, str(model)], check=True, capture_output=True
+            ).stdout
+        ) / 1024  # fmt: skip
+        forward, forward_cpu, windows = forward_seconds(model, height, given.size)
+        wall, cpu, peak = command(scene, model, extra)
+    print(
+        json.dumps({
+            "preset": given.preset, "height": height, "width": given.size, "windows": windows,
+            "classes": given.classes, "whole_s": round(wall, 2), "forward_s": round(forward, 2),
+            "ratio": round(wall / forward, 3), "whole_cpu_s": round(cpu, 1),
+            "forward_cpu_s": round(forward_cpu, 1), "cpu_ratio": round(cpu / forward_cpu, 3),
+            "threads": torch.get_num_threads(), "load": round(os.getloadavg()[0], 1),
+            "peak_mb": round(peak), "imports_and_model_mb": round(idle),
+            "peak_minus_idle_mb": round(peak - idle),
+        })
+    )  # fmt: skip
+
+
+if __name__ == "__main__":
+    main()
