@@ -1,6 +1,7 @@
 """AdamW, its two parameter groups, and the learning rate of each step."""
 
 import re
+from collections.abc import Callable
 from math import cos, pi
 
 from torch import nn
@@ -13,19 +14,26 @@ NO_DECAY = re.compile(
 """Names of parameters that are not pulled towards zero, besides all vectors (norms)."""
 
 
-def adamw(network: nn.Module, lr: float, weight_decay: float) -> AdamW:
+def adamw(
+    network: nn.Module,
+    lr: float,
+    weight_decay: float,
+    rate: Callable[[str], float] = lambda name: 1.0,
+) -> AdamW:
     """AdamW .9/.999, eps 1e-8; no decay on biases, norms, mask token, position biases, routers.
 
-    Frozen parameters are left out.
+    Frozen parameters are left out. Each group carries `rate`, the factor of its learning rate,
+    by parameter name.
     """
-    groups: dict[bool, list[nn.Parameter]] = {True: [], False: []}
+    groups: dict[tuple[float, bool], list[nn.Parameter]] = {}
     for name, parameter in network.named_parameters():
         if parameter.requires_grad:
-            groups[decays(name, parameter)].append(parameter)
+            key = (rate(name), decays(name, parameter))
+            groups.setdefault(key, []).append(parameter)
     return AdamW(
         [
-            {"params": groups[True], "weight_decay": weight_decay},
-            {"params": groups[False], "weight_decay": 0.0},
+            {"params": members, "weight_decay": weight_decay * decay, "rate": factor}
+            for (factor, decay), members in sorted(groups.items(), key=lambda g: g[0], reverse=True)
         ],
         lr=lr,
         betas=(0.9, 0.999),

@@ -127,6 +127,7 @@ def train(
     on_step: Callable[[StepReport], None] = lambda report: None,
     stop: Callable[[], bool] = lambda: False,
     device: str = "cpu",
+    rate: Callable[[str], float] = lambda name: 1.0,
 ) -> int:
     """Train, or go on training, until `config.steps`.
 
@@ -140,6 +141,7 @@ def train(
         on_step: called after every update.
         stop: asked after every update; true saves and returns.
         device: where to compute.
+        rate: factor of the learning rate by parameter name (layer-wise decay).
 
     Returns:
         The last step done; less than `config.steps` if stopped.
@@ -149,7 +151,7 @@ def train(
         OSError: if a save fails; the previous state stays good.
     """
     network.to(device).train()
-    optimiser = adamw(network, config.lr, config.weight_decay)
+    optimiser = adamw(network, config.lr, config.weight_decay, rate)
     state, metrics = TrainingState(run / "state"), Journal(run / "metrics.jsonl")
     run.mkdir(parents=True, exist_ok=True)
     done = state.load(network, optimiser)
@@ -200,7 +202,7 @@ def update(
     lr = learning_rate(done, config.steps, config.lr, config.min_lr, config.warmup_steps)
     if not skipped:
         for group in optimiser.param_groups:
-            group["lr"] = lr
+            group["lr"] = lr * group["rate"]
         optimiser.step()
     seconds = time.perf_counter() - start
     loss = mean.pop("loss")

@@ -1,18 +1,16 @@
 """Fine-tuning: labelled data, starting weights and a head come together in a run folder."""
 
 import json
-import shutil
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from model.adapt import encoder_for, freeze, insert_convpass
+from model.adapt import depth_scale, encoder_for, freeze, insert_convpass
 from model.batch import Batch
 from model.checkpoint import (
-    CONFIG,
     CheckpointConfig,
     disk_tensors,
     read_config,
@@ -22,17 +20,16 @@ from model.checkpoint import (
 from model.config import TaskConfig
 from model.encoder import RingMoE
 from model.normalisation import Normalisation
-from model.state import TrainingState
 from model.tasks.network import TaskNetwork
-from model.train import StepReport, train
+from model.train import train
 from ringmoe_cli import console
-from ringmoe_cli.errors import CheckpointError, OutputExistsError
+from ringmoe_cli.errors import CheckpointError
 from ringmoe_cli.recipe import FinetuneRecipe, model_config, settings
+from ringmoe_cli.runs import claim_run, stop_requests
 from ringmoe_cli.scene.bands import WAVELENGTHS
 from ringmoe_cli.scores import plain
 from ringmoe_cli.taskdata import DataRequest, TaskData, open_task_data
 
-METRICS = "metrics.jsonl"
 SCORES = "scores.json"
 FAR = 5.0
 """Data whose mean is so many deviations from the checkpoint's has other units."""
@@ -67,14 +64,15 @@ def finetune(request: FinetuneRequest) -> dict[str, Any]:
         CheckpointError: if the starting checkpoint is for something else.
         OutputExistsError: if the run is finished, or was made with other settings.
     """
-    request = replace(request, data=replace(request.data, size=window_size(request)))
+    size, rotated = window_size(request), request.recipe.task.rotated
+    request = replace(request, data=replace(request.data, size=size, rotated=rotated))
     torch.manual_seed(request.recipe.train.seed)
     data = open_task_data(request.data)
     encoder, normalisation = starting_point(request, data)
     network = with_head(encoder, request, data)
     data.training.normalisation = data.held_out.normalisation = normalisation
     facts = provenance(request)
-    claim_folder(request, facts)
+    done = claim_run(request.output, facts, request.recipe.train.steps, request.overwrite)
     checkpoint = CheckpointConfig(
         model=encoder.config,
         kind="task",
@@ -83,7 +81,7 @@ def finetune(request: FinetuneRequest) -> dict[str, Any]:
         task=network.task,
         provenance=facts,
     )
-    fit(network, data, request, checkpoint)
+    fit(network, data, request, checkpoint, done)
     scores = score(network.eval(), data.held_out.once(batch_size(request)), request.device)
     write_text(request.output / SCORES, json.dumps(plain(scores), indent=1) + "\n")
     return scores
@@ -205,53 +203,45 @@ def provenance(request: FinetuneRequest) -> dict[str, Any]:
     }
 
 
-def claim_folder(request: FinetuneRequest, facts: Mapping[str, Any]) -> None:
-    """Make the run folder; leave an unfinished run of the same settings in it.
+def fit(
+    network: TaskNetwork,
+    data: TaskData,
+    request: FinetuneRequest,
+    checkpoint: CheckpointConfig,
+    done: int,
+) -> None:
+    """Run the training loop, with progress; a signal saves and stops.
 
     Raises:
-        OutputExistsError: if something else is there and may not be replaced.
+        KeyboardInterrupt: after saving, if a signal asked to stop.
     """
-    output = request.output
-    is_run = (output / CONFIG).is_file() or (output / METRICS).is_file()
-    if not is_run and output.exists() and (output.is_file() or any(output.iterdir())):
-        raise OutputExistsError(output)
-    if (output / CONFIG).is_file():
-        same = plain(read_config(output).provenance) == plain(facts)
-        done = TrainingState(output / "state").latest() >= request.recipe.train.steps
-        if same and not done:
-            console.say(f"{output}: going on with an unfinished run")
-        elif request.overwrite:
-            shutil.rmtree(output)
-        else:
-            raise OutputExistsError(output)
-    output.mkdir(parents=True, exist_ok=True)
-
-
-def fit(
-    network: TaskNetwork, data: TaskData, request: FinetuneRequest, checkpoint: CheckpointConfig
-) -> None:
-    """Run the training loop, with progress."""
     config, output = request.recipe.train, request.output
     each = config.batch_size // config.accumulate
 
     def publish(step: int) -> None:
-        save_checkpoint(output, checkpoint, disk_tensors(network))
+        save_checkpoint(output, checkpoint.with_provenance(step=step), disk_tensors(network))
 
-    done = TrainingState(output / "state").latest()
-    with console.progress(config.steps - done, f"finetune {network.task.name}", "step") as advance:
-
-        def on_step(report: StepReport) -> None:
-            advance(1, f"loss {report.loss:.4f}")
-
-        train(
+    title = f"finetune {network.task.name}"
+    with (
+        stop_requests() as stop,
+        console.progress(config.steps - done, title, "step") as advance,
+    ):
+        step = train(
             network,
             lambda start: data.training.training(each, config.seed, start),
             config,
             output,
             publish=publish,
-            on_step=on_step,
+            on_step=lambda report: advance(1, f"loss {report.loss:.4f}"),
+            stop=stop,
             device=request.device,
+            rate=lambda name: depth_scale(
+                name, network.config.depths, request.recipe.task.layer_decay
+            ),
         )
+    if step < config.steps:
+        console.say(f"saved after step {step} of {config.steps}; the same command goes on")
+        raise KeyboardInterrupt
 
 
 def batch_size(request: FinetuneRequest) -> int:

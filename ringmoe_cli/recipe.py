@@ -85,6 +85,8 @@ class TaskRecipe:
     """Width of Convpass adapters in a frozen encoder; 0: none."""
     balance_weight: float = 0.004
     """Weight of the routers' balance loss while the encoder trains."""
+    layer_decay: float = 1.0
+    """Learning rate of each block over that of the next one towards the head (BEiT: 0.65-0.9)."""
     modality_dropout: float = 0.0
     """Chance, per sample, to hide all modalities but one."""
 

@@ -90,6 +90,8 @@ class DataRequest:
     """Label file for stores without labels."""
     classes: str | None = None
     """Class names, or a file that lists them."""
+    rotated: bool = False
+    """Boxes keep their angle."""
 
 
 def open_task_data(request: DataRequest) -> TaskData:
@@ -101,6 +103,10 @@ def open_task_data(request: DataRequest) -> TaskData:
     missing = [p for p in request.paths if not p.exists()]
     if missing:
         raise LabelError(f"{missing[0]} does not exist")
+    if request.task in ("detection", "tracking"):
+        from ringmoe_cli.boxdata import open_box_data
+
+        return open_box_data(request)
     if (request.paths[0] / ".zgroup").is_file():
         return from_stores(request)
     if len(request.paths) > 1:

@@ -50,7 +50,11 @@ class Labelled(Protocol):
         """One sample per date for every modality."""
 
     def label(self, window: Window) -> Any:
-        """Class indices (h, w) int64 with 255, values (h, w) float32 with nan, or one index."""
+        """What is said about a window.
+
+        Class indices (h, w) int64 with 255, values (h, w) float32 with nan, one index for the
+        whole image, or a list of `Boxes`, one per date.
+        """
 
 
 @dataclass(frozen=True)
@@ -189,7 +193,7 @@ class LabelledWindows:
                 valid[m] = mask
         labels = [self.items[p.item].label(p.window) for p in places]
         keys = [f"{self.items[p.item].name}:{p.window.row}:{p.window.col}" for p in places]
-        return Batch(images, valid, targets=targets(labels, ks), keys=keys)
+        return Batch(images, valid, targets=targets(labels, ks, self.size), keys=keys)
 
     def normalised(self, modality: str, dates: Sequence[Sample], turn: int) -> tuple[Any, Any]:
         """All dates of a modality: values (T, C, h, w) and validity (T, 1, h, w), both float32."""
@@ -213,10 +217,13 @@ def described(item: Labelled) -> str:
     return "; ".join(f"{m}: {', '.join(bands)}" for m, bands in item.channels.items())
 
 
-def targets(labels: Sequence[Any], turns: Sequence[int]) -> dict[str, torch.Tensor]:
-    """Labels as the heads want them: classes (B,) or (B, H, W), or values (B, 1, H, W)."""
+def targets(labels: Sequence[Any], turns: Sequence[int], size: int) -> dict[str, Any]:
+    """Labels as the heads want them: classes (B,) or (B, H, W), values (B, 1, H, W), or boxes."""
     if isinstance(labels[0], int):
         return {"classes": torch.tensor(labels)}
+    if isinstance(labels[0], list):
+        pairs = zip(labels, turns, strict=True)
+        return {"boxes": [x.turned(k, size) for dates, k in pairs for x in dates]}
     stacked = np.stack([turned(x, k) for x, k in zip(labels, turns, strict=True)])
     if stacked.dtype.kind == "f":
         return {"values": torch.from_numpy(stacked[:, None])}

@@ -72,8 +72,10 @@ def tiled(number: int, item: Labelled, size: int, whole: bool = False) -> list[P
     return [Place(number, w) for w in windows if has_label(item.label(w))]
 
 
-def has_label(label: NDArray[Any]) -> bool:
-    """Whether any pixel has a class or value."""
+def has_label(label: Any) -> bool:
+    """Whether any pixel has a class or value, or any date a box."""
+    if isinstance(label, list):
+        return any(len(boxes) for boxes in label)
     known = np.isfinite(label) if label.dtype.kind == "f" else label != 255
     return bool(known.any())
 
