@@ -26,7 +26,7 @@ class Normalisation:
     """SAR-L1 only: mean and standard deviation of 10·log10(span)."""
 
     def apply(self, values: NDArray[np.float32], valid: NDArray[np.bool_]) -> NDArray[np.float32]:
-        """Normalise (..., C, H, W) values; where (..., 1 or C, H, W) `valid` is false they become 0."""
+        """Normalise (..., C, H, W) values; where (..., 1 or C, H, W) `valid` is false, 0."""
         mean = np.asarray(self.mean, np.float32)[:, None, None]
         std = np.asarray(self.std, np.float32)[:, None, None]
         out = np.subtract(values, mean, dtype=np.float32)
