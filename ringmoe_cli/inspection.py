@@ -5,7 +5,6 @@ from pathlib import Path
 from typing import Any
 
 from ringmoe_cli import console
-from ringmoe_cli.errors import RingmoeError
 
 Report = dict[str, Any]
 
@@ -73,10 +72,10 @@ def of_checkpoint(path: Path) -> Report:
 
 def of_recipes() -> Report:
     """Names and first lines of the recipes that come with the program."""
-    from ringmoe_cli.recipe import recipe_files
+    from ringmoe_cli.recipe import find_recipe, recipe_names
 
-    lines = {path: path.read_text().splitlines()[0].lstrip("# ") for path in recipe_files()}
-    return {"kind": "recipes", **{p.stem.replace("_", "-"): text for p, text in lines.items()}}
+    first = {n: find_recipe(n).read_text().splitlines()[0].lstrip("# ") for n in recipe_names()}
+    return {"kind": "recipes", **first}
 
 
 def of_scene(target: str, allow_remote: bool) -> Report:
@@ -116,13 +115,13 @@ def of_stored(scene: Any) -> Report:
     return {
         "name": scene.name,
         "modality": scene.modality,
-        "bands": list(scene.bands),
+        "bands": list(scene.scene.band_names),
         "height": grid.height,
         "width": grid.width,
         "crs": short_crs(grid.crs),
-        "gsd": scene.gsd,
+        "gsd": scene.scene.gsd,
         "labels": list(scene.labels),
-        "statistics": scene.statistics,
+        "statistics": dict(scene.statistics),
     }
 
 
@@ -176,25 +175,14 @@ def draw(
     target: str, quicklook: Path | None, routing: Path | None, curves: Path | None
 ) -> Iterator[Path]:
     """Draw the pictures that were asked for and yield their paths."""
-    from ringmoe_cli.scene import picture
+    from ringmoe_cli import quicklook as pictures
 
-    if quicklook:
-        picture.draw_quicklook(target, quicklook)
-        yield quicklook
-    if routing:
-        picture.draw_routing(require(Path(target) / "routing.jsonl", "a run"), routing)
-        yield routing
-    if curves:
-        picture.draw_curves(require(Path(target) / "metrics.jsonl", "a run"), curves)
-        yield curves
-
-
-def require(path: Path, what: str) -> Path:
-    """The path, if it is there.
-
-    Raises:
-        RingmoeError: if it is not.
-    """
-    if not path.is_file():
-        raise RingmoeError(f"{path.parent} is not {what}: it has no {path.name}")
-    return path
+    wanted = (
+        (quicklook, pictures.draw_quicklook),
+        (routing, pictures.draw_routing),
+        (curves, pictures.draw_curves),
+    )
+    for path, drawing in wanted:
+        if path:
+            drawing(target, path)
+            yield path

@@ -111,6 +111,20 @@ def save_triptych(
     save(figure, path)
 
 
+def save_panels(path: Path, images: Mapping[str, Image]) -> None:
+    """Pictures side by side, four in a row, each under its name."""
+    columns = min(4, len(images))
+    lines = -(-len(images) // columns)
+    figure = new_figure(3.6 * columns, 3.8 * lines)
+    grid = figure.subplots(lines, columns, squeeze=False).ravel()
+    for axes in grid:
+        axes.set_axis_off()
+    for axes, (name, image) in zip(grid, images.items(), strict=False):
+        axes.imshow(image, interpolation="nearest")
+        axes.set_title(name, fontsize=9, color=INK, loc="left")
+    save(figure, path)
+
+
 def save_curves(path: Path, rows: Sequence[Mapping[str, Any]]) -> None:
     """Losses of a run against its steps, one small plot for each number that `metrics.jsonl` logs.
 
