@@ -30,12 +30,13 @@ def network(seed: int = 0) -> MaskedImageModel:
     return MaskedImageModel(config(), PretrainConfig(), NORMALISATION)
 
 
-def waves(step: int, count: int) -> Batch:
+def waves(step: int, count: int, model: ModelConfig | None = None) -> Batch:
     """Images of oblique waves, whose hidden parts can be guessed; a function of the step."""
     random = torch.Generator().manual_seed(step)
-    grid = torch.arange(32) / 32 * 2 * math.pi
+    model = model or config()
+    grid = torch.arange(model.image_size) / 32 * 2 * math.pi
     images = {}
-    for name, channels in config().channels.items():
+    for name, channels in model.channels.items():
         phase = torch.rand(count, 1, channels, 1, 1, generator=random) * 2 * math.pi
         images[name] = torch.sin(grid + grid[:, None] + phase)
     return Batch(images, keys=[f"wave:{step}:{i}" for i in range(2 * count)])
