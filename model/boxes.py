@@ -125,20 +125,36 @@ class Boxes:
         x, y, w, h, a = self.geometry.unbind(1)
         return replace(self, geometry=torch.stack([y, x, h, w, -a], 1))
 
-    def inside(self, height: float, width: float, visible: float = 0.5) -> Self:
-        """The boxes an image shows: at least `visible` of their envelope lies within it.
+    def turned(self, k: int, size: float) -> Self:
+        """As seen after symmetry k (0..7) of a square image.
 
-        Horizontal boxes are cut at the border; rotated ones keep their shape and may overhang.
+        From 4 on mirrored, then k % 4 quarter turns counter-clockwise, as `numpy.rot90`.
         """
+        boxes = self.mirrored(size) if k >= 4 else self
+        for _ in range(k % 4):
+            boxes = boxes.mirrored(size).transposed()
+        return boxes
+
+    def visible(self, height: float, width: float) -> Tensor:
+        """(N,) share of each box's envelope that lies within an image."""
         low, high = self.corners().chunk(2, 1)
         edge = self.geometry.new_tensor([width, height])
-        cut_low, cut_high = low.clamp(min=0).minimum(edge), high.minimum(edge).clamp(min=0)
-        share = (cut_high - cut_low).prod(1) / (high - low).prod(1).clamp(min=1e-9)
-        sides = cut_high - cut_low
-        flat = torch.cat([(cut_low + cut_high) / 2, sides, torch.zeros_like(low[:, :1])], 1)
+        seen = (high.minimum(edge) - low.clamp(min=0)).clamp(min=0).prod(1)
+        return seen / (high - low).prod(1).clamp(min=1e-9)
+
+    def cut(self, height: float, width: float) -> Self:
+        """Horizontal boxes cut at the border of an image; rotated ones keep their shape."""
+        low, high = self.corners().chunk(2, 1)
+        edge = self.geometry.new_tensor([width, height])
+        low, high = low.clamp(min=0).minimum(edge), high.clamp(min=0).minimum(edge)
+        flat = torch.cat([(low + high) / 2, high - low, torch.zeros_like(low[:, :1])], 1)
         straight = self.geometry[:, 4:] == 0
-        shown = replace(self, geometry=torch.where(straight, flat, self.geometry))
-        return shown[(share >= visible) & (sides > 0).all(1)]
+        return replace(self, geometry=torch.where(straight, flat, self.geometry))
+
+    def inside(self, height: float, width: float, visible: float = 0.5) -> Self:
+        """The boxes of which an image shows at least a share `visible`, cut at its border."""
+        share = self.visible(height, width)
+        return self[(share >= visible) & (share > 0)].cut(height, width)
 
 
 def corners_of(geometry: Tensor) -> Tensor:

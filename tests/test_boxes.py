@@ -173,6 +173,19 @@ def test_flips_move_every_corner():
     torch.testing.assert_close(boxes.mirrored(50).mirrored(50).geometry, boxes.geometry)
 
 
+@pytest.mark.parametrize("k", range(8))
+def test_turns_follow_the_pixels(k):
+    """One bright pixel per box, turned with numpy."""
+    picture = np.zeros((16, 16))
+    picture[3, 11] = 1
+    boxes = Boxes.from_corners([[11, 3, 12, 4], [2, 5, 9, 7]])
+    turned = np.rot90(picture[:, ::-1] if k >= 4 else picture, k % 4)
+    row, col = np.argwhere(turned)[0]
+    assert boxes.turned(k, 16).corners()[0].tolist() == [col, row, col + 1, row + 1]
+    assert sorted(boxes.turned(k, 16).geometry[1, 2:4].tolist()) == [2, 7]
+    assert (boxes.turned(k, 16).geometry[:, 4] == 0).all()
+
+
 def same_corners(a, b):
     return torch.cdist(a, b).amin(2).max() < 1e-3
 
