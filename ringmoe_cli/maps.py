@@ -3,7 +3,7 @@
 import glob
 import sys
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +16,7 @@ from ringmoe_cli.prediction import Network, Report, Settings, predict_scene
 from ringmoe_cli.scene.part import part_folder
 from ringmoe_cli.scene.product import Product, product_of
 from ringmoe_cli.scene.reader import SceneReader
+from ringmoe_cli.scene.resample import Resampled, model_size
 from ringmoe_cli.scene.scene import Scene
 from ringmoe_cli.scene.sensors import open_scene
 from ringmoe_cli.scene.strips import Normalised
@@ -45,6 +46,10 @@ class Wish:
     """Let GDAL use the network."""
     skip_bad: bool = False
     """Leave unreadable blocks out."""
+    gsd: float | None = None
+    """Ground sampling distance in metres, for scenes that do not say."""
+    no_resample: bool = False
+    """Refuse scenes whose ground sampling distance is far from the model's."""
     beside: tuple[str, ...] = ()
     """Co-registered scenes of other modalities, for fused models."""
     before: str | None = None
@@ -85,11 +90,12 @@ class Mapper:
         product = product_of(self.task, self.wish.probabilities)
         outputs = self.outputs(path, source, product)
         check_free(outputs, self.wish.overwrite)
+        fitted = self.at_model_resolution(source, path)
         scenes = [r.scene for date in source.dates for r in date.values()]
         about = {"model": self.identity, "scenes": [identity_of(s) for s in scenes]}
         report = predict_scene(
-            self.network, source, product, outputs, self.settings,
-            about=about, options=self.wish.options, skip_bad=self.wish.skip_bad,
+            self.network, fitted, product, outputs, self.settings,
+            original=source, about=about, options=self.wish.options, skip_bad=self.wish.skip_bad,
         )  # fmt: skip
         for date in source.dates:
             for reader in date.values():
@@ -111,6 +117,26 @@ class Mapper:
             )
         return Normalised(dates, self.config.normalisation)
 
+    def at_model_resolution(self, source: Normalised, path: str) -> Normalised:
+        """The scene resampled to the model's ground sampling distance, if they differ much.
+
+        Raises:
+            SceneError: if they do, and the user wants no resampling.
+        """
+        modality, reader = next(iter(source.dates[-1].items()))
+        wanted, has = self.config.gsd.get(modality), reader.scene.gsd
+        size = model_size(reader.scene, wanted)
+        if size is None:
+            return source
+        if self.wish.no_resample:
+            raise SceneError(
+                f"{path} has pixels of {has:g} m, the model was trained on {wanted:g} m; "
+                "drop --no-resample"
+            )
+        console.say(f"{path}: {has:g} m pixels are read at the model's {wanted:g} m")
+        dates = [{m: Resampled(r, *size) for m, r in date.items()} for date in source.dates]
+        return Normalised(dates, source.normalisation)
+
     def reader(self, scene: Scene) -> SceneReader:
         """Reads windows of a scene."""
         return SceneReader(scene, allow_remote=self.wish.allow_remote)
@@ -127,6 +153,7 @@ class Mapper:
             raise SceneError(f"{path} is {scene.modality}; the model reads {', '.join(modalities)}")
         wanted = self.config.normalisation[scene.modality].bands
         fitting = scene.for_channels(wanted)
+        fitting = replace(fitting, gsd=self.wish.gsd or fitting.gsd)
         if not scene.named:
             console.warn(f"{path} does not name its bands; taken in order as {', '.join(wanted)}")
         for note in scene.notes:

@@ -7,7 +7,7 @@ so that a resumed or divided run does the same arithmetic as an undisturbed one.
 import time
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any, Protocol, TypeVar
 
@@ -19,8 +19,10 @@ from torch import Tensor
 from model.batch import Batch, Prediction
 from ringmoe_cli import console
 from ringmoe_cli.scene.ahead import ahead
+from ringmoe_cli.scene.grid import Grid, Window
 from ringmoe_cli.scene.part import Part
 from ringmoe_cli.scene.product import Encoded, Product, Rows
+from ringmoe_cli.scene.resample import Bands
 from ringmoe_cli.scene.stitch import Lattice, Stitcher
 from ringmoe_cli.scene.strips import Normalised, SkipBad, Windows, window_batches
 from ringmoe_cli.scene.writer import MapWriter
@@ -95,6 +97,7 @@ def predict_scene(
     outputs: Mapping[str, Path],
     settings: Settings,
     *,
+    original: Normalised | None = None,
     about: Mapping[str, Any] | None = None,
     options: Mapping[str, str] | None = None,
     skip_bad: bool = False,
@@ -103,10 +106,11 @@ def predict_scene(
 
     Args:
         network: what predicts windows.
-        source: the scene, normalised.
+        source: the scene as the model wants it.
         product: what to make of the network's answer.
         outputs: layer -> file; the first one's name is also that of the work in progress.
         settings: window, overlap, batch, flips.
+        original: the scene on its own grid, if `source` is resampled; the map is on this grid.
         about: what identifies scene and model, besides the settings.
         options: creation options of the COG driver.
         skip_bad: leave unreadable places out instead of failing.
@@ -115,30 +119,56 @@ def predict_scene(
         RingmoeError: for unreadable scenes and unwritable outputs.
     """
     start = time.perf_counter()
+    own = original or source
     report, skip, clock = Report(dict(outputs)), SkipBad(skip_bad), Clock()
-    lattice = lattice_of(source, settings)
+    bands = Bands(lattice_of(source, settings), own.grid)
     identity = {**(about or {}), "settings": asdict(settings), "layers": sorted(outputs)}
     with Part(next(iter(outputs.values())), identity) as part:
-        done = finished_rows(part, lattice)
-        report.resumed_rows = lattice.finished(done)[0] if done < lattice.rows else lattice.height
-        fresh = predict_rows(
-            network, source, settings, product.channels, done, skip=skip, clock=clock
-        )
-        bands = saved(part, lattice, done, (encode(product, rows) for rows in fresh))
-        with maps(outputs, product, source, part.folder, options) as writers:
-            for row, band in watched(bands, lattice, done):
+        done = finished_rows(part, bands)
+        report.resumed_rows = bands.of(done - 1)[1] if done else 0
+        fresh = map_rows(network, source, own, settings, product.channels, bands, done, skip, clock)
+        whole = saved(part, bands, done, (encode(product, rows) for rows in fresh))
+        with maps(outputs, product, own.grid, part.folder, options) as writers:
+            for row, band in watched(whole, bands.lattice, done):
                 write_band(writers, report, row, band)
     report.skipped, report.forward_seconds = skip.skipped, clock.seconds
     report.seconds = time.perf_counter() - start
     return report
 
 
-def finished_rows(part: Part, lattice: Lattice) -> int:
+def map_rows(
+    network: Network,
+    source: Normalised,
+    own: Normalised,
+    settings: Settings,
+    channels: int,
+    bands: Bands,
+    first: int,
+    skip: SkipBad,
+    clock: "Clock",
+) -> Iterator[Rows]:
+    """Rows of the map on the scene's own grid, valid where the scene is."""
+    if first >= bands.lattice.rows:
+        return
+    begin = bands.begin(first)
+    rows = predict_rows(network, source, settings, channels, begin, skip=skip, clock=clock)
+    for some in bands.regrid(rows, first):
+        if bands.same:
+            yield some
+        else:
+            window = Window(some.start, 0, some.dense.shape[1], own.grid.width)
+            yield replace(some, valid=skip.read(own, window).seen)
+
+
+def finished_rows(part: Part, bands: Bands) -> int:
     """Rows of windows whose bands an earlier run has left, counted from the top."""
     if not part.resumed:
         return 0
-    bands = (lattice.finished(row)[0] for row in range(lattice.rows))
-    return next((i for i, b in enumerate(bands) if part.load(b) is None), lattice.rows)
+    for row in range(bands.lattice.rows):
+        start, stop = bands.of(row)
+        if stop > start and part.load(start) is None:
+            return row
+    return bands.lattice.rows
 
 
 def encode(product: Product, rows: Rows) -> tuple[int, Encoded]:
@@ -147,25 +177,25 @@ def encode(product: Product, rows: Rows) -> tuple[int, Encoded]:
 
 
 def saved(
-    part: Part, lattice: Lattice, done: int, fresh: Iterator[tuple[int, Encoded]]
+    part: Part, bands: Bands, done: int, fresh: Iterator[tuple[int, Encoded]]
 ) -> Iterator[tuple[int, Encoded]]:
     """All bands from the top: those on disk, then the fresh ones, each safe before the next."""
     for row in range(done):
-        start = lattice.finished(row)[0]
-        band = part.load(start)
-        assert band is not None
-        yield start, band
-    if done < lattice.rows:
-        for start, band in fresh:
-            part.save(start, band)
+        start, stop = bands.of(row)
+        if stop > start:
+            band = part.load(start)
+            assert band is not None
             yield start, band
+    for start, band in fresh:
+        part.save(start, band)
+        yield start, band
 
 
 @contextmanager
 def maps(
     outputs: Mapping[str, Path],
     product: Product,
-    source: Normalised,
+    grid: Grid,
     work: Path,
     options: Mapping[str, str] | None,
 ) -> Iterator[dict[str, MapWriter]]:
@@ -173,7 +203,7 @@ def maps(
     with ExitStack() as stack:
         yield {
             layer.name: stack.enter_context(
-                MapWriter(outputs[layer.name], layer, source.grid, work, options)
+                MapWriter(outputs[layer.name], layer, grid, work, options)
             )
             for layer in product.layers
         }

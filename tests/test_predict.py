@@ -27,6 +27,7 @@ from ringmoe_cli.maps import output_path
 from ringmoe_cli.prediction import Settings, predict_rows, predict_scene
 from ringmoe_cli.scene.product import ClassMap
 from ringmoe_cli.scene.reader import SceneReader
+from ringmoe_cli.scene.resample import Resampled
 from ringmoe_cli.scene.sensors import open_scene
 from ringmoe_cli.scene.strips import Normalised, SkipBad
 
@@ -424,6 +425,38 @@ def test_scenes_of_one_place_must_have_the_same_pixels(tmp_path):
     readers = [SceneReader(open_scene(write_scene(tmp_path / f"{h}.tif", h, 50))) for h in (40, 41)]
     with pytest.raises(RingmoeError, match="same pixels"):
         Normalised([{"ms": readers[0]}, {"ms": readers[1]}], {"ms": NORM})
+
+
+def regridded(tmp_path, network):
+    """A scene of 20 m pixels for a network of 10 m; map on the scene's grid."""
+    source = normalised(write_scene(tmp_path / "coarse.tif", 35, 50))
+    fine = Normalised([{"ms": Resampled(source.dates[0]["ms"], 70, 100)}], source.normalisation)
+    return predict_scene(
+        network, fine, ClassMap(TASK), outputs(tmp_path), Settings(32, 8, 3), original=source
+    )
+
+
+def test_resampled_scenes_give_maps_on_their_own_grid_and_resume(tmp_path):
+    (tmp_path / "a").mkdir()
+    regridded(tmp_path / "a", Brightness())
+    with pytest.raises(KeyboardInterrupt):
+        regridded(tmp_path, Stops(3))
+    assert regridded(tmp_path, Brightness()).resumed_rows > 0
+    assert (tmp_path / "m.tif").read_bytes() == (tmp_path / "a/m.tif").read_bytes()
+    with rasterio.open(tmp_path / "m.tif") as got, rasterio.open(tmp_path / "coarse.tif") as src:
+        assert got.shape == src.shape
+        np.testing.assert_array_equal(got.read(1) == 255, src.read(1) == 0)
+
+
+def test_other_sampling_distances_are_resampled_or_refused(model, tmp_path):
+    path = write_scene(tmp_path / "s.tif", 40, 40)
+    done = run(path, "-m", model, "--gsd", "20")
+    assert done.exit_code == 0
+    assert "20 m pixels are read at the model's 10 m" in done.stderr
+    with rasterio.open(done.stdout.strip()) as got:
+        assert got.shape == (40, 40)
+    assert "--no-resample" in failure(path, "-m", model, "--gsd", "20", "--no-resample",
+                                      "--overwrite")  # fmt: skip
 
 
 @pytest.mark.slow

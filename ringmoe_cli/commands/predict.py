@@ -54,6 +54,13 @@ def predict(
     before: Annotated[
         str | None, typer.Option(help="The earlier date of the scene (change models).")
     ] = None,
+    gsd: Annotated[
+        float | None, typer.Option(help="Metres per pixel, for scenes that do not say.")
+    ] = None,
+    no_resample: Annotated[
+        bool,
+        typer.Option("--no-resample", help="Refuse scenes far from the model's metres per pixel."),
+    ] = False,
     skip_bad: Annotated[
         bool, typer.Option("--skip-bad", help="Unreadable blocks become nodata, with a warning.")
     ] = False,
@@ -83,9 +90,11 @@ def predict(
     from ringmoe_cli.scene.writer import parse_options
 
     wish = maps.Wish(
-        output, overwrite, probabilities, parse_options(co or []), modality,
-        tuple(bands.split(",")) if bands else None, scale, allow_remote, skip_bad,
-        tuple(beside or ()), before,
+        output=output, overwrite=overwrite, probabilities=probabilities,
+        options=parse_options(co or []), modality=modality,
+        bands=tuple(bands.split(",")) if bands else None, scale=scale,
+        allow_remote=allow_remote, skip_bad=skip_bad, beside=tuple(beside or ()), before=before,
+        gsd=gsd, no_resample=no_resample,
     )  # fmt: skip
     mapper = maps.load_mapper(Path(model), wish, device, window, overlap, batch, tta == "flips")
     if maps.map_all(mapper, list(maps.scene_list(scenes)), as_json):
