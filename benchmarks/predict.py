@@ -29,8 +29,8 @@ from model.config import ModelConfig, TaskConfig
 from model.encoder import RingMoE
 from model.normalisation import Normalisation
 from model.tasks.network import TaskNetwork, load_task_network
+from ringmoe_cli.answers import Settings
 from ringmoe_cli.machine import use_memory_steadily
-from ringmoe_cli.prediction import Settings
 from ringmoe_cli.scene.stitch import Lattice
 
 BANDS = ("blue", "green", "red", "nir")

@@ -10,9 +10,10 @@ from typing import Any
 from model.checkpoint import CheckpointConfig
 from model.config import TaskConfig
 from ringmoe_cli import console
+from ringmoe_cli.answers import Network, Settings
 from ringmoe_cli.errors import OutputExistsError, RingmoeError, SceneError
 from ringmoe_cli.machine import chosen_device, use_memory_steadily
-from ringmoe_cli.prediction import Network, Report, Settings, predict_scene
+from ringmoe_cli.prediction import Report, predict_scene
 from ringmoe_cli.scene.part import part_folder
 from ringmoe_cli.scene.product import Product, product_of
 from ringmoe_cli.scene.reader import SceneReader

@@ -34,6 +34,19 @@ class Lattice:
         if not 0 <= self.overlap < self.window:
             raise ValueError(f"overlap {self.overlap} must be 0 to {self.window - 1} pixels")
 
+    def shrunk(self, cell: int) -> "Lattice":
+        """The same windows in cells of `cell` x `cell` pixels, which must divide its stride.
+
+        Raises:
+            ValueError: if cells and windows do not fit together.
+        """
+        if self.window % cell or self.overlap % cell:
+            raise ValueError(
+                f"window {self.window} and overlap {self.overlap} must be multiples of {cell}"
+            )
+        height, width = ceil(self.height / cell), ceil(self.width / cell)
+        return Lattice(height, width, self.window // cell, self.overlap // cell)
+
     @property
     def stride(self) -> int:
         """Distance between the origins of neighbouring windows."""
