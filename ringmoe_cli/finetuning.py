@@ -1,6 +1,5 @@
 """Fine-tuning: labelled data, starting weights and a head come together in a run folder."""
 
-import json
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -27,7 +26,7 @@ from ringmoe_cli.errors import CheckpointError
 from ringmoe_cli.recipe import FinetuneRecipe, model_config, settings
 from ringmoe_cli.runs import claim_run, stop_requests
 from ringmoe_cli.scene.bands import WAVELENGTHS
-from ringmoe_cli.scores import plain
+from ringmoe_cli.scores import as_text, plain
 from ringmoe_cli.taskdata import DataRequest, TaskData, open_task_data
 
 SCORES = "scores.json"
@@ -83,7 +82,8 @@ def finetune(request: FinetuneRequest) -> dict[str, Any]:
     )
     fit(network, data, request, checkpoint, done)
     scores = score(network.eval(), data.held_out.once(batch_size(request)), request.device)
-    write_text(request.output / SCORES, json.dumps(plain(scores), indent=1) + "\n")
+    scores |= {"task": network.task.name, "class_names": network.task.classes}
+    write_text(request.output / SCORES, as_text(plain(scores)))
     return scores
 
 

@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from model.metrics import ConfusionMatrix
 from ringmoe_cli import console
 
 PER_CLASS = "_per_class"
@@ -35,17 +36,51 @@ def shown(value: float | None) -> str:
     return f"{value:.4f}" if isinstance(value, float) else str(value)
 
 
-def report(
-    task: str, scores: Mapping[str, Any], output: Path, as_json: bool, classes: Sequence[str] = ()
-) -> None:
+def report(scores: Mapping[str, Any], output: Path, as_json: bool) -> None:
     """Scores and the folder they belong to, on stdout."""
     if as_json:
-        console.result({"output": str(output), "task": task, "scores": plain(scores)})
+        console.result({"output": str(output), "scores": plain(scores)})
         return
-    if classes:
+    classes = scores.get("class_names", ())
+    if classes and per_class(scores):
         class_table(scores, classes)
+    if areas := scores.get("areas"):
+        area_table(areas)
     console.table("", ("score", "value"), [(k, shown(v)) for k, v in totals(scores).items()])
     console.result(output)
+
+
+def as_text(value: Any) -> str:
+    """JSON for a file."""
+    return json.dumps(value, indent=1) + "\n"
+
+
+def area_table(areas: Mapping[str, Any]) -> None:
+    """Mapped and error-adjusted area of every class."""
+    unit = areas["unit"]
+    rows = [
+        (name, f"{a['mapped']:.1f}", f"{a['estimated']:.1f}", f"± {a['margin']:.1f}")
+        for name, a in areas["classes"].items()
+    ]
+    console.table("", ("class", f"mapped ({unit})", "estimated", "95 %"), rows)
+
+
+def write_evaluation(
+    output: Path,
+    scores: Mapping[str, Any],
+    classes: Sequence[str],
+    confusion: ConfusionMatrix | None,
+) -> None:
+    """`evaluation.json`, `evaluation.csv` and, where classes are counted, `confusion.png`."""
+    from model.checkpoint import write_text
+
+    output.mkdir(parents=True, exist_ok=True)
+    write_text(output / "evaluation.json", as_text(plain(scores)))
+    write_csv(output / "evaluation.csv", scores, classes)
+    if confusion is not None:
+        from ringmoe_cli.scene.picture import save_confusion
+
+        save_confusion(output / "confusion.png", confusion.counts.numpy(), classes)
 
 
 def class_table(scores: Mapping[str, Any], classes: Sequence[str]) -> None:

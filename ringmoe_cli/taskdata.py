@@ -1,14 +1,15 @@
 """Labelled data as the user gives it, as training and held-out windows."""
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Protocol
+from typing import Any, Protocol
 
 from model.batch import Batch
 from model.normalisation import Normalisation
 from ringmoe_cli.errors import LabelError
-from ringmoe_cli.scene.examples import Labelled
+from ringmoe_cli.scene.benchmarks import benchmark
+from ringmoe_cli.scene.examples import Labelled, LabelledWindows
 from ringmoe_cli.scene.folders import Example, find_examples, from_csv
 from ringmoe_cli.scene.labelcode import ClassList, LabelCode, class_list
 from ringmoe_cli.scene.splits import (
@@ -92,6 +93,28 @@ class DataRequest:
     """Class names, or a file that lists them."""
     rotated: bool = False
     """Boxes keep their angle."""
+    benchmark: str | None = None
+    """Name of a published data set whose folders are read as downloaded."""
+
+
+@dataclass(frozen=True)
+class Found:
+    """Labelled images before they are divided."""
+
+    items: Sequence[Labelled]
+    """The images."""
+    splits: Sequence[str]
+    """What the data itself says of each: train, val, test or empty."""
+    classes: ClassList
+    """Names, colours; no names: values."""
+    measure: Callable[[Sequence[Any]], Mapping[str, Normalisation]]
+    """Statistics of some of the items."""
+    unit: str = ""
+    """Unit of values."""
+
+    def numbers(self, *splits: str) -> list[int]:
+        """Items of some splits."""
+        return [i for i, s in enumerate(self.splits) if s in splits]
 
 
 def open_task_data(request: DataRequest) -> TaskData:
@@ -100,22 +123,65 @@ def open_task_data(request: DataRequest) -> TaskData:
     Raises:
         LabelError: if there are none for the task, or they cannot be divided.
     """
-    missing = [p for p in request.paths if not p.exists()]
-    if missing:
-        raise LabelError(f"{missing[0]} does not exist")
     if request.task in ("detection", "tracking"):
         from ringmoe_cli.boxdata import open_box_data
 
+        check_exists(request.paths)
         return open_box_data(request)
+    found = find_items(request)
+    split = divide(found, request)
+    training = [found.items[i] for i in found.numbers("", "train")]
+    return TaskData(
+        training=split.training,
+        held_out=split.held_out,
+        measure=lambda: found.measure(training),
+        classes=found.classes.names,
+        colours=found.classes.colours,
+        unit=found.unit,
+        value_range=value_range(split.training) if request.task == "depth" else (0.0, 1.0),
+    )
+
+
+def open_windows(request: DataRequest, split: str) -> tuple[LabelledWindows, ClassList]:
+    """All labelled windows of one split, for scoring; `all` takes every image.
+
+    Raises:
+        LabelError: if the data has no such split.
+    """
+    found = find_items(request)
+    whole = request.task == "classification"
+    if split == "held-out":
+        return divide(found, request).held_out, found.classes
+    chosen = found.numbers(split) if split != "all" else range(len(found.items))
+    if not chosen:
+        held = sorted({s for s in found.splits if s}) or ["none"]
+        raise LabelError(f"{request.paths[0]} has no split {split!r}; it has {', '.join(held)}")
+    return windows_of(found.items, chosen, request.size, whole), found.classes
+
+
+def find_items(request: DataRequest) -> Found:
+    """The labelled images of stores or of a folder; `--val` data comes as split val.
+
+    Raises:
+        LabelError: if there are none for the task.
+    """
+    check_exists(request.paths)
     if (request.paths[0] / ".zgroup").is_file():
-        return from_stores(request)
+        return in_stores(request)
     if len(request.paths) > 1:
         raise LabelError("give one labelled folder, or several tile stores")
-    return from_folder(request)
+    return in_folder(request)
 
 
-def from_stores(request: DataRequest) -> TaskData:
-    """Labelled scenes of tile stores, held out by block or by `--val`."""
+def check_exists(paths: Sequence[Path]) -> None:
+    """Refuse paths that are not there."""
+    for path in paths:
+        if not path.exists():
+            raise LabelError(f"{path} does not exist")
+
+
+def in_stores(request: DataRequest) -> Found:
+    """Labelled scenes of tile stores."""
     from ringmoe_cli.scene.store_scenes import StorePlace, labelled_places, statistics
     from ringmoe_cli.scene.tiles import open_store
 
@@ -129,68 +195,73 @@ def from_stores(request: DataRequest) -> TaskData:
         )
 
     items = places(request.paths)
+    others = places([request.validation]) if request.validation else []
     layer = items[0].layer
-    if request.validation:
-        others = places([request.validation])
-        split = Split(windows_of(items, range(len(items)), request.size),
-                      windows_of(others, range(len(others)), request.size))  # fmt: skip
-        items = items + others
-    else:
-        split = split_by_block(items, request.size, request.share, request.seed)
-    odd = next((i for i in items if i.layer.classes != layer.classes), None)
+    odd = next((i for i in [*items, *others] if i.layer.classes != layer.classes), None)
     if odd:
         raise LabelError(f"{odd.name} has other classes than {items[0].name}; say --classes")
-    span = value_range(split) if request.task == "depth" else (0.0, 1.0)
-    return TaskData(
-        split.training, split.held_out, lambda: statistics(items), layer.classes, layer.colours,
-        layer.unit, span,
-    )  # fmt: skip
+    splits = [""] * len(items) + ["val"] * len(others)
+    classes = ClassList(layer.classes, layer.colours)
+    return Found([*items, *others], splits, classes, statistics, layer.unit)
 
 
-def from_folder(request: DataRequest) -> TaskData:
-    """Labelled images of a folder or list, held out as it says, or by image, or by block."""
+def in_folder(request: DataRequest) -> Found:
+    """Labelled images of a folder or list."""
     from ringmoe_cli.scene.folder_images import FolderImage, Images, measure
 
-    root = request.paths[0]
-    examples, found = from_csv(root) if root.is_file() else find_examples(root, request.task)
-    classes = folder_classes(request, examples, found)
-    images = Images(request.modalities[0] if request.modalities else None, request.bands)
-    items = [FolderImage(e, images, classes) for e in examples if e.split != "test"]
-    whole = request.task == "classification"
-    said = [i for i, item in enumerate(items) if item.example.split == "val"]
+    examples, names = found_examples(request, request.paths[0])
     if request.validation:
-        others, _ = find_examples(request.validation, request.task)
-        first = len(items)
-        items += [FolderImage(e, images, classes) for e in others]
-        said = list(range(first, len(items)))
-    split = divide(items, said, request, whole)
-    span = value_range(split) if request.task == "depth" else (0.0, 1.0)
-    training = [i for i in items if i.example.split != "val"]
-    return TaskData(
-        split.training, split.held_out, lambda: measure(training), classes.names, classes.colours,
-        "m" if request.task == "depth" else "", span,
-    )  # fmt: skip
+        others, others_names = found_examples(request, request.validation)
+        examples = [replace(e, split="train") for e in examples if e.split in ("", "train")]
+        examples += [replace(e, split="val") for e in renumbered(others, others_names, names)]
+    classes = folder_classes(request, names)
+    images = Images(request.modalities[0] if request.modalities else None, request.bands)
+    items = [FolderImage(e, images, classes) for e in examples]
+    unit = "m" if request.task == "depth" else ""
+    return Found(items, [e.split for e in examples], classes, measure, unit)
 
 
-def divide(
-    items: Sequence[Labelled], said: Sequence[int], request: DataRequest, whole: bool
-) -> Split:
+def found_examples(request: DataRequest, root: Path) -> tuple[list[Example], tuple[str, ...]]:
+    """The examples of a folder, a list, or a benchmark as downloaded."""
+    if request.benchmark:
+        return benchmark(request.benchmark).find(root)
+    return from_csv(root) if root.is_file() else find_examples(root, request.task)
+
+
+def renumbered(
+    examples: Sequence[Example], names: Sequence[str], known: Sequence[str]
+) -> list[Example]:
+    """Examples of class folders under another class list.
+
+    Raises:
+        LabelError: for a class that is not in it.
+    """
+    unknown = [n for n in names if n not in known]
+    if unknown:
+        raise LabelError(f"class {unknown[0]!r} is not among {', '.join(known)}")
+    return [
+        replace(e, label=known.index(names[e.label])) if isinstance(e.label, int) else e
+        for e in examples
+    ]
+
+
+def divide(found: Found, request: DataRequest) -> Split:
     """The split the data says, or one by image, or by block where the images are few."""
+    whole = request.task == "classification"
+    training, said = found.numbers("", "train"), found.numbers("val")
     if said:
-        training = [i for i in range(len(items)) if i not in set(said)]
         return Split(
-            windows_of(items, training, request.size, whole),
-            windows_of(items, said, request.size, whole),
+            windows_of(found.items, training, request.size, whole),
+            windows_of(found.items, said, request.size, whole),
         )
+    items = [found.items[i] for i in training]
     if whole or len(items) >= ENOUGH_IMAGES:
         return split_by_image(items, request.size, request.share, request.seed, whole)
     return split_by_block(items, request.size, request.share, request.seed)
 
 
-def folder_classes(
-    request: DataRequest, examples: Sequence[Example], found: tuple[str, ...]
-) -> ClassList:
-    """Classes by folder name, by `--classes`, by a list beside the images, or by counting values.
+def folder_classes(request: DataRequest, found: tuple[str, ...]) -> ClassList:
+    """Classes by folder name, by benchmark, by `--classes`, or by a list beside the images.
 
     Raises:
         LabelError: if nothing says them.
@@ -199,6 +270,8 @@ def folder_classes(
         return ClassList(found)
     if request.task == "depth":
         return ClassList(())
+    if request.benchmark:
+        return benchmark(request.benchmark).classes
     beside = next((request.paths[0] / n for n in ("classes.csv", "classes.txt")
                    if (request.paths[0] / n).is_file()), None)  # fmt: skip
     if request.classes or beside:
@@ -211,11 +284,10 @@ def folder_classes(
     )
 
 
-def value_range(split: Split) -> tuple[float, float]:
-    """Lowest and highest value of the training labels."""
+def value_range(windows: LabelledWindows) -> tuple[float, float]:
+    """Lowest and highest value of some windows' labels."""
     import numpy as np
 
-    windows = split.training
-    ends = [(float(np.nanmin(v)), float(np.nanmax(v))) for v in
-            (windows.items[p.item].label(p.window) for p in windows.places)]  # fmt: skip
+    labels = (windows.items[p.item].label(p.window) for p in windows.places)
+    ends = [(float(np.nanmin(v)), float(np.nanmax(v))) for v in labels]
     return min(low for low, _ in ends), max(high for _, high in ends)

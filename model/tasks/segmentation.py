@@ -8,7 +8,7 @@ from torch import Tensor
 from model.batch import Batch, Features, Prediction
 from model.config import TaskConfig
 from model.decoders import PixelHead, UPerNet
-from model.metrics import IGNORE, ConfusionMatrix
+from model.metrics import IGNORE, Calibration, ConfusionMatrix
 from model.tasks.head import Head, pixel_classes
 
 
@@ -51,12 +51,15 @@ class PixelScores:
 
     def __init__(self, classes: int) -> None:
         self.confusion = ConfusionMatrix(classes)
+        self.calibration = Calibration()
 
     def update(self, prediction: Prediction, batch: Batch) -> None:
         """Count the most probable class of every labelled pixel."""
         assert prediction.dense is not None
-        self.confusion.update(prediction.dense.argmax(1), pixel_classes(batch))
+        truth = pixel_classes(batch)
+        self.confusion.update(prediction.dense.argmax(1), truth)
+        self.calibration.update(prediction.dense, truth)
 
     def compute(self) -> dict[str, Any]:
-        """As `ConfusionMatrix.compute`."""
-        return self.confusion.compute()
+        """As `ConfusionMatrix.compute`, and `ece`."""
+        return {**self.confusion.compute(), "ece": self.calibration.compute()}

@@ -81,4 +81,4 @@ def finetune(
     scores = finetune(
         FinetuneRequest(wanted, output, chosen, init, chosen_device(device), overwrite)
     )
-    report(task, scores, output, as_json)
+    report(scores, output, as_json)

@@ -18,6 +18,7 @@ from model.batch import Batch
 from model.modality import MODALITIES
 from model.normalisation import Normalisation
 from ringmoe_cli.errors import LabelError
+from ringmoe_cli.scene.augment import mirror_signs
 from ringmoe_cli.scene.grid import Grid, Window
 
 Sample = tuple[NDArray[np.float32], NDArray[np.bool_]]
@@ -178,11 +179,12 @@ class LabelledWindows:
         return not self.kept_out[place.item][row : row + height, col : col + width].any()
 
     def batch(self, places: Sequence[Place], turns: Sequence[int] | None = None) -> Batch:
-        """Some windows as one batch, turned by numbers 0..7 (polarimetric images are not)."""
+        """Some windows as one batch, turned by numbers 0..7."""
         read = [self.items[p.item].read(p.window) for p in places]
         modalities = list(self.channels)
-        turnable = not any(MODALITIES[m].polarimetric for m in modalities)
-        ks = list(turns) if turns is not None and turnable else [0] * len(places)
+        ks = [0] * len(places) if turns is None else list(turns)
+        if any(MODALITIES[m].polarimetric for m in modalities):
+            ks = [k - k % 2 for k in ks]  # mirrors only: a quarter turn mixes the polarisations
         images: dict[str, torch.Tensor] = {}
         valid: dict[str, torch.Tensor] = {}
         for m in modalities:
@@ -199,8 +201,10 @@ class LabelledWindows:
         """All dates of a modality: values (T, C, h, w) and validity (T, 1, h, w), both float32."""
         values = np.stack([v for v, _ in dates])
         valid = np.stack([ok for _, ok in dates])[:, None]
-        x = self.normalisation[modality].apply(values, valid)
-        return turned(x, turn), turned(valid.astype(np.float32), turn)
+        x = turned(self.normalisation[modality].apply(values, valid), turn)
+        if turn >= 4 and MODALITIES[modality].polarimetric:
+            x *= mirror_signs(self.channels[modality])[:, None, None]
+        return x, turned(valid.astype(np.float32), turn)
 
     def fit(self, array: NDArray[np.float32]) -> torch.Tensor:
         """(T, C, h, w) at the sample's size; only whole images need resizing."""

@@ -1,0 +1,70 @@
+"""`ringmoe evaluate`: how good a fine-tuned model, or a map, is on labelled data."""
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from ringmoe_cli import console
+from ringmoe_cli.options import Bands, Device, Json, ModalityName, Model, Output, Quiet
+
+
+def evaluate(
+    data: Annotated[
+        list[Path], typer.Argument(help="Tile stores, a labelled folder or CSV; or a map.")
+    ],
+    model: Model = None,
+    output: Output = None,
+    split: Annotated[
+        str, typer.Option(help="auto, held-out, val, test or all of the data.")
+    ] = "auto",
+    labels: Annotated[
+        Path | None, typer.Option(help="Label raster or vector: for a map, or bare stores.")
+    ] = None,
+    classes: Annotated[
+        str | None, typer.Option(help="Class names, e.g. water,land, or a file of them.")
+    ] = None,
+    benchmark: Annotated[
+        str | None, typer.Option(help="Read a published data set as downloaded, e.g. loveda.")
+    ] = None,
+    modality: ModalityName = None,
+    bands: Bands = None,
+    batch: Annotated[int, typer.Option(min=1, help="Windows per batch.")] = 16,
+    worst: Annotated[int, typer.Option(min=0, help="Pictures of the worst windows.")] = 6,
+    device: Device = "auto",
+    as_json: Json = False,
+    quiet: Quiet = False,
+) -> None:
+    """Scores per class as table, JSON and CSV, calibration, areas, and the worst windows.
+
+    Examples:
+        ringmoe evaluate tiles.zarr --model runs/seg
+        ringmoe evaluate LoveDA --benchmark loveda --split val --model runs/seg --json
+        ringmoe evaluate scene_segmentation.tif --labels reference.gpkg
+    """
+    from ringmoe_cli.evaluation import EvaluateRequest
+    from ringmoe_cli.evaluation import evaluate as run
+    from ringmoe_cli.machine import chosen_device
+    from ringmoe_cli.mapscore import score_map
+    from ringmoe_cli.scores import report
+    from ringmoe_cli.taskdata import DataRequest
+
+    console.State.quiet = quiet
+    if len(data) == 1 and data[0].is_file() and data[0].suffix.lower() in (".tif", ".tiff", ".vrt"):
+        if labels is None:
+            raise typer.BadParameter(f"{data[0]} is a map: pass its --labels")
+        folder = output or data[0].with_suffix(".evaluation")
+        report(score_map(data[0], labels, classes, folder), folder, as_json)
+        return
+    if model is None:
+        raise typer.BadParameter(
+            "no model: pass --model DIR or set RINGMOE_MODEL (ringmoe demo makes one)"
+        )
+    wanted = DataRequest(
+        paths=data, task="", size=0, labels=labels, classes=classes, benchmark=benchmark,
+        modalities=tuple(modality.split(",")) if modality else (),
+        bands=tuple(bands.split(",")) if bands else None,
+    )  # fmt: skip
+    folder = output or model / "evaluation"
+    request = EvaluateRequest(wanted, model, folder, split, chosen_device(device), batch, worst)
+    report(run(request), folder, as_json)
