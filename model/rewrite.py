@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from model.budget import branches, rows_of
+from model.calibration import Calibration
 from model.checkpoint import (
     CONFIG,
     CheckpointConfig,
@@ -43,6 +44,7 @@ ROUTER = re.compile(
 )
 MANIFEST = "pruning.json"
 WRITING = ".writing"
+STATE = ".calibration"
 
 Advance = Callable[[float], None]
 Fit = Callable[[str], FFN]
@@ -157,8 +159,16 @@ def merged(expert: re.Match[str], plan: Plan, entries: Mapping[str, Entry]) -> O
     return Output(spec, sources, merging=plan.method)
 
 
-def result_config(parent: CheckpointConfig, plan: Plan, target: str | None) -> CheckpointConfig:
+def result_config(
+    parent: CheckpointConfig, plan: Plan, target: str | None, calibration: str | None = None
+) -> CheckpointConfig:
     """config.json of the result.
+
+    Args:
+        parent: that of the source.
+        plan: what is kept.
+        target: as the user said it.
+        calibration: checksum of the chips behind the plan and the fit.
 
     Raises:
         ValueError: if the head was made for modalities that go.
@@ -179,6 +189,7 @@ def result_config(parent: CheckpointConfig, plan: Plan, target: str | None) -> C
         "modalities": list(modalities),
         "target": target,
         "method": plan.method,
+        "calibration": calibration,
     }
     return replace(
         parent,
@@ -194,7 +205,7 @@ def prune_checkpoint(
     target: Path,
     plan: Plan,
     config: CheckpointConfig,
-    fit: Fit | None = None,
+    chips: Mapping[str, Tensor] | None = None,
     advance: Advance = lambda _: None,
     overwrite: bool = False,
 ) -> None:
@@ -205,7 +216,7 @@ def prune_checkpoint(
         target: the new folder; its name plus ".part" holds the work in progress.
         plan: what to keep and how.
         config: config.json of the result.
-        fit: for method `fit`, the dense layer of a "stage.block".
+        chips: for method `fit`, modality -> (B, C, H, W) normalised images.
         advance: called with the bytes read (or kept from an earlier run).
         overwrite: replace a checkpoint that stands at `target`, once the new one is whole.
 
@@ -224,6 +235,9 @@ def prune_checkpoint(
     }
     missing = {layer: outs for layer, outs in shards.items() if not (work / names[layer]).exists()}
     advance(cost(shards) - cost(missing))
+    fit: Fit | None = None
+    if plan.method == "fit":
+        fit = Calibration(source, plan, chips or {}, state=work / STATE)
     entries = [entry for out in all_of(missing) for entry in out.entries]
     with closing(stream(entries)) as reading:
         for layer, outs in missing.items():
@@ -235,6 +249,7 @@ def prune_checkpoint(
     where = {o.spec.name: names[layer] for layer, outs in shards.items() for o in outs}
     write_index(work, where, sum(o.spec.nbytes for o in all_of(shards)), text)
     (work / MANIFEST).unlink()
+    (work / STATE).unlink(missing_ok=True)
     if target.exists():
         shutil.rmtree(target)
     work.replace(target)

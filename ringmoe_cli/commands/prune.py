@@ -22,8 +22,15 @@ def prune(
         typer.Option(help="Size: 300m, 25%, or the paper's stages 6.5b, 4.5b, 1b (dense)."),
     ] = None,
     method: Annotated[
-        str | None, typer.Option(help="How layers become dense: kc, ks or ka.")
+        str | None,
+        typer.Option(help="How layers become dense: kc, ks, ka, or fit (learns from --tiles)."),
     ] = None,
+    tiles: Annotated[
+        list[Path] | None,
+        typer.Option(help="Tile store to measure routing and fit layers on (repeatable)."),
+    ] = None,
+    chips: Annotated[int, typer.Option(min=8, help="Calibration chips of each modality.")] = 512,
+    distill: Annotated[int, typer.Option(min=0, help="Steps of distillation afterwards.")] = 0,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Show the plan and stop.")] = False,
     output: Output = None,
     overwrite: Overwrite = False,
@@ -36,23 +43,24 @@ def prune(
 
         ringmoe prune runs/pre --modality opt --target 1b --method kc -o opt1b
 
+        ringmoe prune runs/pre --modality opt --target 1b --tiles cal.zarr --distill 200
+
         ringmoe prune runs/pre --target 25% --modality opt,ms --dry-run
     """
     if model is None:
         raise typer.BadParameter(
             "name a checkpoint or set RINGMOE_MODEL; `ringmoe demo` makes one to try"
         )
-    from model.checkpoint import read_config
     from ringmoe_cli import pruning
 
-    request = pruning.Request(model, pruning.wanted_modalities(modality), target, method)
-    parent = read_config(model)
-    plan = pruning.planned(request, parent)
-    facts = pruning.described(plan, request, parent)
-    pruning.speak(plan, facts)
+    names = pruning.wanted_modalities(modality)
+    stores = tuple(tiles or ())
+    work = pruning.planned(pruning.Request(model, names, target, method, stores, chips, distill))
+    facts = pruning.described(work)
+    pruning.speak(work.plan, facts)
     if dry_run:
-        pruning.show(plan, facts, as_json)
+        pruning.show(work.plan, facts, as_json)
         return
-    out = pruning.output_path(request, output, overwrite)
-    pruning.prune(request, plan, parent, out)
+    out = pruning.output_path(work.request, output, overwrite)
+    pruning.prune(work, out)
     console.result({**facts, "output": str(out)} if as_json else out)
