@@ -1,4 +1,5 @@
 """From a scene to its map: every way it can go, and every way it can fail."""
+# ruff: noqa: F401, F811 - fixtures are imported
 
 import json
 import os
@@ -10,36 +11,16 @@ import time
 import numpy as np
 import pytest
 import rasterio
-import torch
-from rasterio.transform import Affine
+from mapping import CLASSES, CONFIG, NORM, model, scene, write_scene
 from typer.testing import CliRunner
 
-from model.batch import Prediction
 from model.checkpoint import CheckpointConfig, disk_tensors, save_checkpoint
-from model.config import ModelConfig, PretrainConfig, TaskConfig
+from model.config import PretrainConfig
 from model.encoder import RingMoE
-from model.normalisation import Normalisation
-from model.tasks.network import TaskNetwork
 from ringmoe_cli import console
 from ringmoe_cli.app import app
-from ringmoe_cli.errors import BadBlockError, RingmoeError
+from ringmoe_cli.errors import RingmoeError
 from ringmoe_cli.maps import output_path
-from ringmoe_cli.prediction import Settings, predict_rows, predict_scene
-from ringmoe_cli.scene.product import ClassMap
-from ringmoe_cli.scene.reader import SceneReader
-from ringmoe_cli.scene.resample import Resampled
-from ringmoe_cli.scene.sensors import open_scene
-from ringmoe_cli.scene.strips import Normalised, SkipBad
-
-BANDS = ("blue", "green", "red", "nir")
-NORM = Normalisation(BANDS, (0.1, 0.1, 0.1, 0.3), (0.05, 0.05, 0.05, 0.1))
-CLASSES = ("water", "trees", "bare")
-COLOURS = ((0, 0, 255), (0, 128, 0), (200, 180, 120))
-TASK = TaskConfig("segmentation", CLASSES, COLOURS, ("ms",), window=32, channels=16)
-CONFIG = ModelConfig(
-    embed_dim=8, depths=(1, 1, 1, 1), num_heads=(1, 1, 1, 1), image_size=32, window=4,
-    channels={"ms": 4}, mask_cell=16,
-)  # fmt: skip
 
 
 @pytest.fixture(autouse=True)
@@ -47,68 +28,8 @@ def _talkative():
     console.State.quiet = False
 
 
-@pytest.fixture(scope="session")
-def model(tmp_path_factory):
-    """A segmentation checkpoint with random weights."""
-    folder = tmp_path_factory.mktemp("model")
-    torch.manual_seed(0)
-    net = TaskNetwork(RingMoE(CONFIG), TASK)
-    config = CheckpointConfig(CONFIG, "task", {"ms": NORM}, {"ms": 10.0}, TASK)
-    save_checkpoint(folder, config, disk_tensors(net))
-    return folder
-
-
-def write_scene(path, height=70, width=100, names=BANDS, crs="EPSG:32630", hole=True, seed=0):
-    rng = np.random.default_rng(seed)
-    values = rng.integers(1, 4000, (len(names), height, width)).astype(np.uint16)
-    if hole:
-        values[:, :20, :30] = 0
-    with rasterio.open(
-        path, "w", driver="GTiff", height=height, width=width, count=len(names), dtype="uint16",
-        nodata=0, crs=crs, transform=Affine(10, 0, 500000, 0, -10, 5000000),
-    ) as dst:  # fmt: skip
-        dst.write(values)
-        if all(names):
-            dst.descriptions = names
-        dst.scales = (1e-4,) * len(names)
-    return path
-
-
-@pytest.fixture
-def scene(tmp_path):
-    return write_scene(tmp_path / "scene.tif")
-
-
 def run(*arguments, stdin=None):
     return CliRunner().invoke(app, ["predict", *map(str, arguments)], input=stdin)
-
-
-class Brightness:
-    """A network whose answer is known: the first band's value as probability of class 1."""
-
-    calls = 0
-
-    def predict(self, batch):
-        self.calls += 1
-        x = torch.sigmoid(batch.images["ms"][:, 0, :1])
-        return Prediction(dense=torch.cat([1 - x, x, x * 0], 1))
-
-
-class Constant:
-    def predict(self, batch):
-        b, _, _, h, w = batch.images["ms"].shape
-        return Prediction(dense=torch.tensor([0.2, 0.7, 0.1]).view(1, 3, 1, 1).expand(b, 3, h, w))
-
-
-def normalised(path):
-    return Normalised([{"ms": SceneReader(open_scene(path))}], {"ms": NORM})
-
-
-def whole(network, source, **changes):
-    settings = Settings(**{"window": 32, "overlap": 8, "batch": 3, **changes})
-    rows = list(predict_rows(network, source, settings, 3))
-    dense = np.concatenate([r.dense for r in rows], 1)
-    return dense, np.concatenate([r.valid for r in rows])
 
 
 def test_command_writes_a_map_of_the_scene(model, scene):
@@ -127,48 +48,6 @@ def test_command_writes_a_map_of_the_scene(model, scene):
     assert sorted(p.name for p in scene.parent.iterdir()) == [
         "scene.tif", "scene_segmentation.tif", "scene_segmentation.tif.aux.xml",
     ]  # fmt: skip
-
-
-def test_answers_are_blended_back_to_what_each_pixel_says(scene):
-    source = normalised(scene)
-    dense, valid = whole(Brightness(), source)
-    with rasterio.open(scene) as src:
-        raw = src.read(1)
-    expected = 1 / (1 + np.exp(-((raw * np.float32(1e-4) - 0.1) / 0.05)))
-    np.testing.assert_array_equal(valid, raw != 0)
-    np.testing.assert_allclose(dense[1][valid], expected[valid], atol=1e-5)
-
-
-def test_a_constant_model_makes_a_constant_map(scene):
-    dense, valid = whole(Constant(), normalised(scene))
-    assert np.ptp(dense[:, valid], axis=1).max() < 1e-6
-    np.testing.assert_allclose(dense[:, valid].mean(1, dtype=float), [0.2, 0.7, 0.1], atol=1e-6)
-
-
-def test_normalisation_is_the_checkpoints_on_physical_values(model, scene):
-    """What predict feeds the network is what the loader's functions make of the same window."""
-    seen = []
-
-    class Watch(Constant):
-        def predict(self, batch):
-            seen.append(batch)
-            return super().predict(batch)
-
-    whole(Watch(), normalised(scene), batch=1)
-    reader = SceneReader(open_scene(scene))
-    values, valid = reader.physical(next(open_scene(scene).grid.windows(32, 24)))
-    np.testing.assert_array_equal(seen[0].images["ms"][0, 0], NORM.apply(values, valid[None]))
-    np.testing.assert_array_equal(seen[0].valid["ms"][0, 0, 0], valid)
-
-
-def test_empty_windows_are_not_computed(tmp_path):
-    path = write_scene(tmp_path / "s.tif", 96, 96, hole=False)
-    with rasterio.open(path, "r+") as dst:
-        dst.write(np.zeros((4, 64, 96), np.uint16), window=((0, 64), (0, 96)))
-    network = Brightness()
-    _, valid = whole(network, normalised(path), overlap=0, batch=1)
-    assert network.calls == 3
-    assert valid.sum() == 32 * 96
 
 
 @pytest.mark.parametrize("size", [(1, 1), (5, 70), (33, 31)])
@@ -326,126 +205,6 @@ def test_output_names(tmp_path):
     assert output_path(str(scene), "s", "change", None) == tmp_path / "s_change.tif"
     assert output_path(str(scene), "s", "change", tmp_path) == tmp_path / "s_change.tif"
     assert output_path(str(scene), "s", "depth", tmp_path / "x.tif") == tmp_path / "x.tif"
-
-
-def outputs(tmp_path):
-    return {"classes": tmp_path / "m.tif"}
-
-
-class Stops(Brightness):
-    """Fails after some batches, as a machine does."""
-
-    def __init__(self, after):
-        self.after = after
-
-    def predict(self, batch):
-        if self.calls >= self.after:
-            raise KeyboardInterrupt
-        return super().predict(batch)
-
-
-@pytest.mark.parametrize("after", [0, 1, 3, 5])
-@pytest.mark.parametrize("batch", [1, 3, 64])
-def test_an_interrupted_map_is_continued_to_the_same_bytes(tmp_path, scene, after, batch):
-    settings, product = Settings(32, 8, batch), ClassMap(TASK)
-    (tmp_path / "a").mkdir()
-    source = normalised(scene)
-    predict_scene(Brightness(), source, product, outputs(tmp_path / "a"), settings)
-    try:
-        predict_scene(Stops(after), source, product, outputs(tmp_path), settings)
-    except KeyboardInterrupt:
-        assert not (tmp_path / "m.tif").exists()
-        assert (tmp_path / "m.tif.part").is_dir()
-    else:
-        return
-    report = predict_scene(Brightness(), source, product, outputs(tmp_path), settings)
-    assert (tmp_path / "m.tif").read_bytes() == (tmp_path / "a/m.tif").read_bytes()
-    assert not (tmp_path / "m.tif.part").exists()
-    assert report.resumed_rows > 0 or after * batch < 5
-
-
-def test_other_settings_start_anew(tmp_path, scene):
-    source, product = normalised(scene), ClassMap(TASK)
-    with pytest.raises(KeyboardInterrupt):
-        predict_scene(Stops(6), source, product, outputs(tmp_path), Settings(32, 8, 1))
-    report = predict_scene(Brightness(), source, product, outputs(tmp_path), Settings(32, 4, 1))
-    assert report.resumed_rows == 0
-
-
-def test_two_runs_do_not_write_one_output(tmp_path, scene):
-    from ringmoe_cli.scene.part import Part
-
-    with Part(tmp_path / "m.tif", {}), pytest.raises(RingmoeError, match="another run"):
-        predict_scene(
-            Brightness(), normalised(scene), ClassMap(TASK), outputs(tmp_path), Settings(32, 8, 1)
-        )
-
-
-class Damaged:
-    """A scene with one block that cannot be decoded."""
-
-    def __init__(self, reader):
-        self.reader, self.scene = reader, reader.scene
-
-    def physical(self, window):
-        row, col, height, width = window
-        if row < 45 and row + height > 40 and col < 95 and col + width > 90:
-            raise BadBlockError("block at row 40, column 90")
-        return self.reader.physical(window)
-
-
-def test_a_bad_block_is_an_error_or_nodata_as_told(scene):
-    good = normalised(scene)
-    bad = Normalised([{"ms": Damaged(good.dates[0]["ms"])}], good.normalisation)
-    settings = Settings(32, 8, 2)
-    with pytest.raises(BadBlockError, match="row 40"):
-        list(predict_rows(Brightness(), bad, settings, 3))
-    skip = SkipBad(True)
-    rows = list(predict_rows(Brightness(), bad, settings, 3, skip=skip))
-    valid = np.concatenate([r.valid for r in rows])
-    assert not valid[40:45, 90:95].any()
-    assert skip.skipped
-    assert valid[:, :20].sum() == whole(Brightness(), good)[1][:, :20].sum()
-
-
-def test_flips_average_the_mirror_images(scene):
-    class Left(Constant):
-        """Says class 0 in the left half of its window."""
-
-        def predict(self, batch):
-            b, _, _, h, w = batch.images["ms"].shape
-            left = (torch.arange(w) < w // 2).float().expand(b, 1, h, w)
-            return Prediction(dense=torch.cat([left, 1 - left, left * 0], 1))
-
-    dense, valid = whole(Left(), normalised(scene), flips=True)
-    np.testing.assert_allclose(dense[:2, valid], 0.5, atol=1e-6)
-
-
-def test_scenes_of_one_place_must_have_the_same_pixels(tmp_path):
-    readers = [SceneReader(open_scene(write_scene(tmp_path / f"{h}.tif", h, 50))) for h in (40, 41)]
-    with pytest.raises(RingmoeError, match="same pixels"):
-        Normalised([{"ms": readers[0]}, {"ms": readers[1]}], {"ms": NORM})
-
-
-def regridded(tmp_path, network):
-    """A scene of 20 m pixels for a network of 10 m; map on the scene's grid."""
-    source = normalised(write_scene(tmp_path / "coarse.tif", 35, 50))
-    fine = Normalised([{"ms": Resampled(source.dates[0]["ms"], 70, 100)}], source.normalisation)
-    return predict_scene(
-        network, fine, ClassMap(TASK), outputs(tmp_path), Settings(32, 8, 3), original=source
-    )
-
-
-def test_resampled_scenes_give_maps_on_their_own_grid_and_resume(tmp_path):
-    (tmp_path / "a").mkdir()
-    regridded(tmp_path / "a", Brightness())
-    with pytest.raises(KeyboardInterrupt):
-        regridded(tmp_path, Stops(3))
-    assert regridded(tmp_path, Brightness()).resumed_rows > 0
-    assert (tmp_path / "m.tif").read_bytes() == (tmp_path / "a/m.tif").read_bytes()
-    with rasterio.open(tmp_path / "m.tif") as got, rasterio.open(tmp_path / "coarse.tif") as src:
-        assert got.shape == src.shape
-        np.testing.assert_array_equal(got.read(1) == 255, src.read(1) == 0)
 
 
 def test_other_sampling_distances_are_resampled_or_refused(model, tmp_path):
