@@ -16,7 +16,8 @@ from ringmoe_cli.errors import LabelError
 from ringmoe_cli.scene.grid import Window
 from ringmoe_cli.scene.intake import gather, split_task
 from ringmoe_cli.scene.labels import Wanted, open_labels
-from ringmoe_cli.scene.sensors import Said, open_scene
+from ringmoe_cli.scene.plain import Said
+from ringmoe_cli.scene.sensors import open_scene
 from ringmoe_cli.scene.tiling import Settings, tile_scenes
 
 SEGMENTATION = Wanted("segmentation", "land,water,town")

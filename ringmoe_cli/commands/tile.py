@@ -39,6 +39,10 @@ def tile(
     min_valid: Annotated[
         float, typer.Option(min=0, max=1, help="Training leaves out windows with less valid area.")
     ] = 0.5,
+    scl: Annotated[
+        str | None,
+        typer.Option(help="Scene classes of Sentinel-2 L2A to mark invalid, e.g. 3,8,9,10."),
+    ] = None,
     skip_bad: Annotated[
         bool, typer.Option("--skip-bad", help="Mark undecodable blocks invalid and go on.")
     ] = False,
@@ -66,10 +70,10 @@ def tile(
     from ringmoe_cli.cluster import Engine, parse_slurm
     from ringmoe_cli.scene import intake, tiling
     from ringmoe_cli.scene.labels import Wanted
-    from ringmoe_cli.scene.sensors import Said
+    from ringmoe_cli.scene.plain import Said
 
     names = tuple(n.strip() for n in bands.split(",")) if bands else None
-    said = Said(modality, names, scale)
+    said = Said(modality, names, scale, scl=intake.class_numbers(scl))
     wanted = Wanted(task, classes, attribute, background)
     paths = intake.listed(scenes)
     labelled = intake.gather(paths, said, labels or [], wanted, allow_remote)

@@ -98,7 +98,7 @@ def canonical(name: str, numbers: Mapping[str, str] | None = None) -> str:
 
 
 def stripped(name: str) -> str:
-    """A description without the wavelength that GDAL appends to ENVI's: `red (0.66 Micrometers)`."""
+    """A description without the wavelength that GDAL adds to ENVI's: `red (0.66 Micrometers)`."""
     return re.sub(r"\s*\([\d.]+ [a-zA-Z]+\)$", "", name.strip())
 
 

@@ -8,8 +8,9 @@ from typing import Any
 from ringmoe_cli import console
 from ringmoe_cli.errors import LabelError, RingmoeError
 from ringmoe_cli.scene.labels import RASTER_TASKS, LabelSource, Wanted, open_labels
+from ringmoe_cli.scene.plain import Said
 from ringmoe_cli.scene.scene import Scene
-from ringmoe_cli.scene.sensors import Said, open_scene
+from ringmoe_cli.scene.sensors import open_scenes
 from ringmoe_cli.scene.tiles import Store
 from ringmoe_cli.scene.tiling import Labelled
 
@@ -31,6 +32,18 @@ def listed(paths: Sequence[str]) -> list[str]:
     return found
 
 
+def class_numbers(text: str | None) -> tuple[int, ...]:
+    """`3,8,9` as numbers.
+
+    Raises:
+        RingmoeError: if one is none.
+    """
+    try:
+        return tuple(int(n) for n in text.split(",")) if text else ()
+    except ValueError as error:
+        raise RingmoeError(f"--scl {text}: write class numbers, e.g. 3,8,9,10") from error
+
+
 def default_output(first: str) -> Path:
     """`scene.zarr` beside the first scene."""
     path = Path(first)
@@ -50,16 +63,7 @@ def gather(
         SceneError: if a scene cannot be opened or understood.
         LabelError: if a label file fits none of the scenes.
     """
-    scenes = [
-        open_scene(
-            p,
-            modality=said.modality,
-            bands=said.bands,
-            scale=said.scale,
-            allow_remote=allow_remote,
-        )
-        for p in paths
-    ]
+    scenes = [s for p in paths for s in open_scenes(p, said, allow_remote=allow_remote)]
     for scene in scenes:
         warn_about(scene)
     labels: list[dict[str, LabelSource]] = [{} for _ in scenes]

@@ -5,7 +5,9 @@ nothing outside the file's own folder is touched, before the checks here have pa
 """
 
 import os
+import re
 import warnings
+import zipfile
 from pathlib import Path
 from typing import Any
 from xml.etree import ElementTree
@@ -28,6 +30,9 @@ SIGNATURES: tuple[tuple[bytes, str], ...] = (
     (b"BM", "BMP"),
 )
 """First bytes of the formats read here, and GDAL's driver for each."""
+
+SUFFIXES = (".tif", ".tiff", ".jp2", ".img", ".bin", ".dat", ".png", ".ntf", ".vrt")
+"""Endings of files that a folder is searched for."""
 
 MAX_BLOCK_BYTES = 512 * 2**20
 """A block larger than this is not read: one pixel of it would cost as much."""
@@ -81,12 +86,7 @@ def driver_of(path: Path, *, allow_remote: bool = False) -> str:
     Raises:
         SceneError: if the file is missing, empty, or of no format read here.
     """
-    if path.is_dir():
-        raise SceneError(f"{path} is a folder that holds no known product")
-    if not path.is_file():
-        raise SceneError(f"{path} does not exist")
-    with path.open("rb") as file:
-        head = file.read(1024)
+    head = first_bytes(path)
     for signature, driver in SIGNATURES:
         if head.startswith(signature):
             return driver
@@ -97,6 +97,26 @@ def driver_of(path: Path, *, allow_remote: bool = False) -> str:
         return "ENVI"
     what = "is empty" if not head else "is not a raster that can be read"
     raise SceneError(f"{path} {what} (GeoTIFF, JP2, VRT, ENVI, NITF, ERDAS, PNG, JPEG are)")
+
+
+def first_bytes(path: Path, count: int = 1024) -> bytes:
+    """The beginning of a file, or of a member of a zip archive (`/vsizip/{archive}/member`).
+
+    Raises:
+        SceneError: if there is none.
+    """
+    if member := re.fullmatch(r"/vsizip/\{(.+)\}/(.+)", str(path)):
+        try:
+            with zipfile.ZipFile(member[1]) as archive, archive.open(member[2]) as file:
+                return file.read(count)
+        except (OSError, KeyError, RuntimeError, zipfile.BadZipFile) as error:
+            raise SceneError(f"{path} cannot be read: {one_line(error)}") from error
+    if path.is_dir():
+        raise SceneError(f"{path} is a folder that holds no known product")
+    if not path.is_file():
+        raise SceneError(f"{path} does not exist")
+    with path.open("rb") as file:
+        return file.read(count)
 
 
 def envi_header(path: Path) -> Path | None:
@@ -130,8 +150,7 @@ def check_vrt(path: Path, *, allow_remote: bool, seen: frozenset[Path] = frozens
             raise SceneError(f"{path} reads {source}, which does not exist")
         if target in seen or target == path.resolve():
             raise SceneError(f"{path} reads itself through {source}")
-        with target.open("rb") as file:
-            inner = file.read(1024).lstrip(b"\xef\xbb\xbf \t\r\n")
+        inner = first_bytes(target).lstrip(b"\xef\xbb\xbf \t\r\n")
         if inner.startswith(b"<VRTDataset"):
             check_vrt(target, allow_remote=False, seen=seen | {path.resolve()})
         else:
@@ -146,8 +165,8 @@ def vrt_sources(path: Path) -> list[str]:
     """
     try:
         text = path.read_text("utf-8")
-        if "<!" in text:
-            raise SceneError(f"{path} is a VRT with XML declarations; they are not read")
+        if "<!DOCTYPE" in text or "<!ENTITY" in text:
+            raise SceneError(f"{path} is a VRT that declares entities; it is not read")
         root = ElementTree.fromstring(text)
     except (ElementTree.ParseError, UnicodeDecodeError) as error:
         raise SceneError(f"{path} is not a valid VRT: {one_line(error)}") from error
@@ -180,12 +199,19 @@ def check_sizes(dataset: Any, path: str) -> None:
             "rewrite it with gdal_translate -of COG"
         )
     declared = dataset.width * dataset.height * dataset.count * item
-    on_disk = sum(Path(f).stat().st_size for f in dataset.files if Path(f).is_file())
+    on_disk = sum(bytes_on_disk(f) for f in dataset.files)
     if on_disk and declared > SMALL and declared > MAX_RATIO * on_disk:
         raise SceneError(
             f"{path} declares {dataset.count} x {dataset.height} x {dataset.width} pixels "
             f"({declared / 2**30:.1f} GB) in {on_disk / 2**20:.2f} MB: it is empty or broken"
         )
+
+
+def bytes_on_disk(path: str) -> int:
+    """Size of a local file, or of the archive that it is in."""
+    member = re.fullmatch(r"/vsizip/\{(.+)\}/.+", path)
+    file = Path(member[1] if member else path)
+    return file.stat().st_size if file.is_file() else 0
 
 
 def bytes_per_pixel(gdal_type: str) -> int:

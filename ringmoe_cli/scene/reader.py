@@ -66,12 +66,14 @@ class SceneReader:
 
     def _read_inside(self, window: Window) -> tuple[NDArray[Any], NDArray[np.bool_]]:
         scene = self.scene
-        counts = self._counts(window)
+        row, col = scene.corner
+        place = window._replace(row=window.row + row, col=window.col + col)
+        counts = self._counts(place)
         valid = valid_pixels(counts, scene)
         if scene.mask:
-            valid &= self._mask(window)
+            valid &= self._mask(place)
         if any(b.calibration for b in scene.bands):
-            counts = self._calibrated(counts, window)
+            counts = self._calibrated(counts, place)
         return counts.astype(scene.dtype, copy=False), valid
 
     def _counts(self, window: Window) -> NDArray[Any]:
@@ -118,8 +120,10 @@ class SceneReader:
     def _mask(self, window: Window) -> NDArray[np.bool_]:
         mask: Band | None = self.scene.mask
         assert mask is not None
-        found = self._read_file(mask.path, mask.zoom, [mask.index], window)[0] > 0
-        return np.asarray(found, np.bool_)
+        found = self._read_file(mask.path, mask.zoom, [mask.index], window)[0]
+        if self.scene.mask_out:
+            return ~np.isin(found, self.scene.mask_out)
+        return np.asarray(found > 0, np.bool_)
 
     def _calibrated(self, counts: NDArray[Any], window: Window) -> NDArray[Any]:
         rows = np.arange(window.row, window.row + window.height)

@@ -86,6 +86,10 @@ class Scene:
     """What the raw values are, once scale and offset are applied."""
     mask: Band | None = None
     """An alpha band or the file's own mask: pixels are valid where it is not zero."""
+    mask_out: tuple[int, ...] = ()
+    """Classes of the mask that are invalid, if it holds classes."""
+    corner: tuple[int, int] = (0, 0)
+    """Row and column of the files where the scene begins."""
     gsd: float | None = None
     """Ground sampling distance in metres, if known."""
     sensor: str = ""

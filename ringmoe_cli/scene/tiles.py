@@ -222,7 +222,8 @@ def scene_to_dict(scene: Scene) -> dict[str, Any]:
         band["measured"] = bool(band.pop("path"))
         for key in ("index", "zoom", "calibration"):
             band.pop(key)
-    about.pop("mask")
+    for key in ("mask", "mask_out", "corner"):
+        about.pop(key)
     return about
 
 
