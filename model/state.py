@@ -42,16 +42,17 @@ class TrainingState:
         """Folder of one state."""
         return self.folder / f"step-{step:08d}"
 
+    def prepare(self, step: int) -> None:
+        """Make an empty folder for a state."""
+        shutil.rmtree(self.path(step), ignore_errors=True)
+        self.path(step).mkdir(parents=True)
+
     def write(self, step: int, network: nn.Module, optimiser: Optimizer) -> None:
-        """Write a state; it becomes the one to resume from with `commit`."""
+        """Write a state, or this rank's part; `commit` makes it the one to resume from."""
         path = self.path(step)
-        shutil.rmtree(path, ignore_errors=True)
-        path.mkdir(parents=True)
         with plain_errors():
             writer = HuggingFaceStorageWriter(str(path), save_distributed=True)
             state_dict_saver.save(tensors_of(network, optimiser), storage_writer=writer)
-        for file in [*path.iterdir(), path]:
-            synced(file)
 
     def discard(self, step: int) -> None:
         """Remove what a failed `write` left, unless it is the state to resume from."""
@@ -66,6 +67,8 @@ class TrainingState:
             keep_last: how many of the newest states stay.
             keep_every: states of every so many steps stay for good; 0 for none.
         """
+        for file in [*self.path(step).iterdir(), self.path(step)]:
+            synced(file)
         write_text(self.folder / "latest", f"{step}\n")
         others = [int(p.name[5:]) for p in self.folder.glob("step-*")]
         recent = sorted((s for s in others if s <= step), reverse=True)[: max(keep_last, 1)]
@@ -106,7 +109,7 @@ def plain_errors() -> Iterator[None]:
 
 def tensors_of(network: nn.Module, optimiser: Optimizer) -> dict[str, Tensor]:
     """Weights, buffers and moments by name; they share memory with network and optimiser."""
-    prepare(optimiser)
+    fill_moments(optimiser)
     tensors = {f"network.{name}": t.detach() for name, t in network.state_dict().items()}
     for name, parameter in network.named_parameters():
         for moment in MOMENTS if parameter.requires_grad else ():
@@ -114,7 +117,7 @@ def tensors_of(network: nn.Module, optimiser: Optimizer) -> dict[str, Tensor]:
     return tensors
 
 
-def prepare(optimiser: Optimizer) -> None:
+def fill_moments(optimiser: Optimizer) -> None:
     """Give parameters that were never updated the moments that AdamW would start from."""
     for group in optimiser.param_groups:
         for parameter in group["params"]:

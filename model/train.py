@@ -6,7 +6,7 @@ the step, never on what ran before. So a run that was stopped continues with the
 
 import math
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
@@ -58,6 +58,10 @@ class TrainConfig:
     """Updates between two reports; `metrics.jsonl` has them all."""
     skip_nan: bool = False
     """Leave out an update whose loss or gradient is not finite instead of stopping."""
+    recompute: bool = False
+    """Forget the blocks' activations and compute them again for the gradient: less memory."""
+    compile: bool = False
+    """Compile the blocks (torch.compile): 20-60 s at the start, a few per cent a step."""
 
     def __post_init__(self) -> None:
         for name in ("steps", "batch_size", "save_every", "keep_last", "accumulate", "log_every"):
@@ -83,6 +87,27 @@ class LossOutput(Protocol):
 
 class NonFiniteLossError(ValueError):
     """A loss or gradient is NaN or infinite."""
+
+
+@dataclass(frozen=True)
+class Crew:
+    """What the loop must know of other processes; by default there are none."""
+
+    main: bool = True
+    """Whether this one writes files."""
+    total: Callable[[Tensor], Tensor] = lambda values: values
+    """Sum over processes."""
+    clip: Callable[[Iterable[nn.Parameter], float], Tensor] = nn.utils.clip_grad_norm_
+    """Scales gradients and returns their norm before."""
+    parts: tuple[str, ...] = ()
+    """Parts of the loss that any process may have; each has its share of loss and parts."""
+
+    def wait(self, device: str) -> None:
+        """Until all processes are here."""
+        self.total(torch.zeros((), device=device)).item()
+
+
+ALONE = Crew()
 
 
 @dataclass
@@ -128,6 +153,7 @@ def train(
     stop: Callable[[], bool] = lambda: False,
     device: str = "cpu",
     rate: Callable[[str], float] = lambda name: 1.0,
+    crew: Crew = ALONE,
 ) -> int:
     """Train, or go on training, until `config.steps`.
 
@@ -139,9 +165,10 @@ def train(
         run: folder for `metrics.jsonl` and `state/`.
         publish: writes the model's checkpoint; called with the step at every save.
         on_step: called after every update.
-        stop: asked after every update; true saves and returns.
+        stop: asked in every update; true saves and returns after it.
         device: where to compute.
         rate: factor of the learning rate by parameter name (layer-wise decay).
+        crew: the other processes; the network is distributed already.
 
     Returns:
         The last step done; less than `config.steps` if stopped.
@@ -153,18 +180,19 @@ def train(
     network.to(device).train()
     optimiser = adamw(network, config.lr, config.weight_decay, rate)
     state, metrics = TrainingState(run / "state"), Journal(run / "metrics.jsonl")
-    run.mkdir(parents=True, exist_ok=True)
     done = state.load(network, optimiser)
-    metrics.cut(done)
+    if crew.main:
+        run.mkdir(parents=True, exist_ok=True)
+        metrics.cut(done)
     stream = batches(done * config.accumulate)
     while done < config.steps:
-        report = update(network, optimiser, stream, config, done, device)
+        report, stopped = update(network, optimiser, stream, config, done, device, stop, crew)
         done = report.step
-        metrics.append(report.row())
+        if crew.main:
+            metrics.append(report.row())
         on_step(report)
-        stopped = stop()
         if stopped or done == config.steps or done % config.save_every == 0:
-            save(state, network, optimiser, config, done, publish)
+            save(state, network, optimiser, config, done, publish, crew, device)
         if stopped:
             break
     return done
@@ -177,12 +205,18 @@ def update(
     config: TrainConfig,
     done: int,
     device: str,
-) -> StepReport:
-    """One update of the weights from `config.accumulate` batches."""
+    stop: Callable[[], bool] = lambda: False,
+    crew: Crew = ALONE,
+) -> tuple[StepReport, bool]:
+    """One update of the weights from `config.accumulate` batches.
+
+    Returns:
+        What happened, and whether any process was asked to stop.
+    """
     start, wait, images = time.perf_counter(), 0.0, 0
     torch.manual_seed(config.seed * 1_000_003 + done)
     optimiser.zero_grad(set_to_none=True)
-    values: list[dict[str, float]] = []
+    seen: list[tuple[dict[str, float], Batch]] = []
     for _ in range(config.accumulate):
         asked = time.perf_counter()
         batch = next(stream).to(device)
@@ -190,23 +224,26 @@ def update(
         with computing_in(config.precision, device):
             output = network.loss(batch)  # type: ignore[operator]
         (output.loss / config.accumulate).backward()
-        values.append(scalars(output))
+        seen.append((scalars(output, crew.parts), batch))
         images += sum(len(x) for x in batch.images.values())
-        if not config.skip_nan:
-            refuse_non_finite(values[-1], done + 1, batch)
-    mean = {k: sum(v[k] for v in values) / len(values) for k in values[-1]}
-    norm = nn.utils.clip_grad_norm_(network.parameters(), config.clip).item()
+    norm = crew.clip(network.parameters(), config.clip).item()
+    mean = {k: sum(v[k] for v, _ in seen) / len(seen) for k in seen[0][0]}
+    sums = [*mean.values(), float(images), float(stop())]
+    *values, images_all, stops = crew.total(torch.tensor(sums, device=device).double()).tolist()
+    mean = dict(zip(mean, values, strict=True))
     skipped = not (math.isfinite(mean["loss"]) and math.isfinite(norm))
     if skipped and not config.skip_nan:
-        raise NonFiniteLossError(f"step {done + 1}: the gradient is {norm}; {names(batch)}")
+        raise non_finite(done + 1, seen, norm)
     lr = learning_rate(done, config.steps, config.lr, config.min_lr, config.warmup_steps)
     if not skipped:
         for group in optimiser.param_groups:
             group["lr"] = lr * group["rate"]
         optimiser.step()
-    seconds = time.perf_counter() - start
-    loss = mean.pop("loss")
-    return StepReport(done + 1, loss, mean, lr, norm, images, seconds, wait, skipped, output)
+    loss, seconds = mean.pop("loss"), time.perf_counter() - start
+    report = StepReport(
+        done + 1, loss, mean, lr, norm, int(images_all), seconds, wait, skipped, output
+    )
+    return report, stops > 0
 
 
 def computing_in(precision: Precision, device: str) -> AbstractContextManager[Any]:
@@ -215,26 +252,32 @@ def computing_in(precision: Precision, device: str) -> AbstractContextManager[An
     return torch.autocast(kind, torch.bfloat16, enabled=precision == "bf16")
 
 
-def scalars(output: LossOutput) -> dict[str, float]:
-    """Loss and parts as numbers, with one transfer from the device."""
-    named = {"loss": output.loss, **output.parts}
+def scalars(output: LossOutput, parts: tuple[str, ...] = ()) -> dict[str, float]:
+    """Loss and parts as numbers, with one transfer from the device.
+
+    Args:
+        output: of the network.
+        parts: names that must be there, 0 if the output lacks them.
+    """
+    nothing = {name: torch.zeros_like(output.loss) for name in parts}
+    named = {"loss": output.loss, **nothing, **output.parts}
     values = torch.stack([v.detach().float() for v in named.values()]).tolist()
     return dict(zip(named, values, strict=True))
 
 
-def refuse_non_finite(values: dict[str, float], step: int, batch: Batch) -> None:
-    """Stop before a bad loss reaches the weights.
-
-    Raises:
-        NonFiniteLossError: naming the part of the loss, which is a modality, and the samples.
-    """
-    bad = [name for name, value in values.items() if not math.isfinite(value)]
-    if bad:
-        named = [name for name in bad if name != "loss"] or bad
-        raise NonFiniteLossError(
-            f"step {step}: loss of {', '.join(named)} is not finite; {names(batch)}; "
-            "the last state is kept, lower train.lr, mend the data, or pass --skip-nan"
-        )
+def non_finite(
+    step: int, seen: list[tuple[dict[str, float], Batch]], norm: float
+) -> NonFiniteLossError:
+    """Names the part of the loss, which is a modality, and the samples."""
+    advice = "the last state is kept; lower train.lr, mend the data, or pass --skip-nan"
+    for values, batch in seen:
+        bad = [name for name, value in values.items() if not math.isfinite(value)]
+        if bad:
+            parts = ", ".join([name for name in bad if name != "loss"] or bad)
+            where = f"loss of {parts} is not finite; {names(batch)}"
+            return NonFiniteLossError(f"step {step}: {where}; {advice}")
+    where = f"gradient norm is {norm}; {names(seen[-1][1])}"
+    return NonFiniteLossError(f"step {step}: {where}; {advice}")
 
 
 def names(batch: Batch, most: int = 4) -> str:
@@ -250,6 +293,8 @@ def save(
     config: TrainConfig,
     step: int,
     publish: Callable[[int], None],
+    crew: Crew = ALONE,
+    device: str = "cpu",
 ) -> None:
     """Training state first, then the checkpoint, then the pointer that makes the state count.
 
@@ -257,9 +302,15 @@ def save(
         OSError: naming the step that is still good.
     """
     try:
+        if crew.main:
+            state.prepare(step)
+        crew.wait(device)
         state.write(step, network, optimiser)
         publish(step)
-        state.commit(step, config.keep_last, config.keep_every)
+        crew.wait(device)
+        if crew.main:
+            state.commit(step, config.keep_last, config.keep_every)
+        crew.wait(device)
     except Exception as failure:
         state.discard(step)
         raise OSError(

@@ -55,7 +55,7 @@ def test_stopped_run_goes_on_bit_for_bit(
             tmp_path,
             training.settings(),
             on_step=lambda report, seen=seen: seen.append(report.step),
-            stop=lambda seen=seen, step=step: seen[-1] == step,
+            stop=lambda seen=seen, step=step, done=done: done + len(seen) + 1 == step,
         )
         assert last == step
         assert seen == [*range(done + 1, step + 1)]

@@ -156,7 +156,7 @@ def test_impossible_settings_are_refused(field: str, value: int) -> None:
 def test_bf16_trains_like_fp32(tmp_path: Path) -> None:
     losses = {}
     for precision in ("fp32", "bf16"):
-        training.run(tmp_path / precision, training.settings(steps=5, precision=precision))
+        training.run(tmp_path / precision, training.settings(steps=5, lr=1e-4, precision=precision))
         rows = Journal(tmp_path / precision / "metrics.jsonl").rows()
         losses[precision] = [row["loss"] for row in rows]
     assert losses["bf16"] == pytest.approx(losses["fp32"], rel=0.02)
