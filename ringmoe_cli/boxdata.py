@@ -1,40 +1,36 @@
-"""Images and clips with boxes, as the user gives them, as training and held-out windows."""
+"""Images and clips with boxes, as the user gives them."""
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 
 from model.normalisation import Normalisation
 from ringmoe_cli.errors import LabelError
 from ringmoe_cli.scene.box_images import (
     BoxScene,
-    divide,
     images_with_boxes,
     pairs_with_boxes,
     stored_boxes,
 )
 from ringmoe_cli.scene.boxes_io import find_boxes
 from ringmoe_cli.scene.folder_images import FolderImage, Images, measure
+from ringmoe_cli.scene.labelcode import ClassList
 from ringmoe_cli.scene.store_scenes import StorePlace, statistics
-from ringmoe_cli.taskdata import DataRequest, TaskData
+from ringmoe_cli.taskdata import DataRequest, Found
 
 
-def open_box_data(request: DataRequest) -> TaskData:
-    """Find images and boxes, and divide them.
+def in_boxes(request: DataRequest) -> Found:
+    """The images, or pairs of frames, of a folder or of stores; `--val` data is split val.
 
     Raises:
-        LabelError: if there are none, or they cannot be divided.
+        LabelError: if there are none.
     """
     items, classes = box_scenes(request, request.paths)
-    others = box_scenes(request, [request.validation], classes)[0] if request.validation else []
-    split = divide(items, request.size, request.share, request.seed, others)
-    seen = {p.item for p in split.training.places}
-    training = [i for n, i in enumerate(split.training.items) if n in seen]
-    return TaskData(
-        split.training,
-        split.held_out,
-        measured([i for i in training if isinstance(i, BoxScene)]),
-        classes,
-    )
+    if request.validation:
+        others, _ = box_scenes(request, [request.validation], classes)
+        items = [replace(i, split="train") for i in items if i.split in ("", "train")]
+        items += [replace(i, split="val") for i in others]
+    return Found(items, [i.split for i in items], ClassList(classes), measured)
 
 
 def box_scenes(
@@ -72,9 +68,9 @@ def from_stores(
     return stored_boxes(stores, request.labels, request.modalities, request.rotated, said)
 
 
-def measured(items: Sequence[BoxScene]) -> Callable[[], Mapping[str, Normalisation]]:
-    """How to measure the training images."""
+def measured(items: Sequence[BoxScene]) -> Mapping[str, Normalisation]:
+    """Statistics of some images."""
     stored = [i.image for i in items if isinstance(i.image, StorePlace)]
     if stored:
-        return lambda: statistics(stored)
-    return lambda: measure([i.image for i in items if isinstance(i.image, FolderImage)])
+        return statistics(stored)
+    return measure([i.image for i in items if isinstance(i.image, FolderImage)])

@@ -18,9 +18,8 @@ from model.tasks.network import TaskNetwork, load_task_network
 from ringmoe_cli import console
 from ringmoe_cli.errors import CheckpointError, LabelError
 from ringmoe_cli.scores import write_evaluation
-from ringmoe_cli.taskdata import DataRequest, Windows, find_items, open_task_data, open_windows
+from ringmoe_cli.taskdata import BOXES, DataRequest, Windows, find_items, open_windows
 
-BOXES = ("detection", "tracking")
 SMALLEST = 0.2
 """Share of labelled pixels a window needs to count among the worst."""
 
@@ -141,9 +140,8 @@ def evaluate(request: EvaluateRequest) -> dict[str, Any]:
     gathered = Gathered(
         network.to(request.device).head.metric(), len(config.task.classes), request.worst
     )
-    if config.task.name in BOXES:
-        gathered.keep = 0
-    run(network, windows, table, gathered, request)
+    if not in_whole_images(network, windows, gathered, request):
+        run(network, windows, table, gathered, request)
     scores: dict[str, Any] = gathered.metric.compute()
     scores |= {"task": config.task.name, "split": split, "model": str(request.model)}
     if hasattr(gathered.metric, "confusion"):
@@ -164,9 +162,8 @@ def chosen_windows(
     same = [str(p) for p in request.data.paths] == trained_on
     seed = config.provenance.get("recipe", {}).get("train", {}).get("seed", request.data.seed)
     data = replace(request.data, seed=seed)
-    if data.task in BOXES:
-        found = open_task_data(data)
-        return found.held_out, found.classes, "held-out"
+    if data.task in BOXES and config.task and not data.classes:
+        data = replace(data, classes=",".join(config.task.classes))
     if data.task == "segmentation" and not data.classes and not data.benchmark:
         data = replace(data, classes=names_for(data, config))
     split = request.split
@@ -243,6 +240,22 @@ def run(
             on_device = batch.to(request.device)
             gathered.add(network.predict(on_device), on_device)
             advance(len(batch.keys))
+
+
+def in_whole_images(
+    network: TaskNetwork, windows: Windows, gathered: Gathered, request: EvaluateRequest
+) -> bool:
+    """Score boxes as `ringmoe predict` finds them, where whole images are held out."""
+    if network.task.name not in BOXES:
+        return False
+    from ringmoe_cli import objects
+
+    gathered.keep = 0
+    images = objects.whole_images(windows)
+    if images:
+        settings = objects.settings_of(network.task.window, device=request.device)
+        gathered.metric = objects.score_images(network, images, windows.normalisation, settings)
+    return bool(images)
 
 
 def areas(gathered: Gathered, config: CheckpointConfig, gsd: Mapping[str, float]) -> dict[str, Any]:

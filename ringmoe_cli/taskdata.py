@@ -20,6 +20,8 @@ from ringmoe_cli.scene.splits import (
     windows_of,
 )
 
+BOXES = ("detection", "tracking")
+"""Tasks whose labels are boxes."""
 CHANGE = ClassList(("unchanged", "changed"), ((0, 0, 0), (255, 255, 255)), LabelCode(threshold=128))
 """What 0/255 masks of change pairs mean."""
 
@@ -123,11 +125,6 @@ def open_task_data(request: DataRequest) -> TaskData:
     Raises:
         LabelError: if there are none for the task, or they cannot be divided.
     """
-    if request.task in ("detection", "tracking"):
-        from ringmoe_cli.boxdata import open_box_data
-
-        check_exists(request.paths)
-        return open_box_data(request)
     found = find_items(request)
     split = divide(found, request)
     training = [found.items[i] for i in found.numbers("", "train")]
@@ -156,6 +153,10 @@ def open_windows(request: DataRequest, split: str) -> tuple[LabelledWindows, Cla
     if not chosen:
         held = sorted({s for s in found.splits if s}) or ["none"]
         raise LabelError(f"{request.paths[0]} has no split {split!r}; it has {', '.join(held)}")
+    if request.task in BOXES:
+        from ringmoe_cli.scene.box_images import all_windows
+
+        return all_windows(found.items, chosen, request.size), found.classes
     return windows_of(found.items, chosen, request.size, whole), found.classes
 
 
@@ -166,6 +167,10 @@ def find_items(request: DataRequest) -> Found:
         LabelError: if there are none for the task.
     """
     check_exists(request.paths)
+    if request.task in BOXES:
+        from ringmoe_cli.boxdata import in_boxes
+
+        return in_boxes(request)
     if (request.paths[0] / ".zgroup").is_file():
         return in_stores(request)
     if len(request.paths) > 1:
@@ -247,6 +252,10 @@ def renumbered(
 
 def divide(found: Found, request: DataRequest) -> Split:
     """The split the data says, or one by image, or by block where the images are few."""
+    if request.task in BOXES:
+        from ringmoe_cli.scene.box_images import divide_boxes
+
+        return divide_boxes(found.items, request.size, request.share, request.seed)
     whole = request.task == "classification"
     training, said = found.numbers("", "train"), found.numbers("val")
     if said:

@@ -5,12 +5,11 @@ import pytest
 import torch
 from PIL import Image
 
-from ringmoe_cli.boxdata import open_box_data
 from ringmoe_cli.errors import LabelError
 from ringmoe_cli.scene.box_images import boxes_in, drawn, side_of
 from ringmoe_cli.scene.boxes_io import Boxes
 from ringmoe_cli.scene.grid import Window
-from ringmoe_cli.taskdata import DataRequest
+from ringmoe_cli.taskdata import DataRequest, open_task_data
 
 
 def picture(path, boxes, size=(96, 96)):
@@ -45,7 +44,7 @@ def ready(data):
 
 
 def test_boxes_lie_on_the_bright_pixels_after_every_turn(tmp_path):
-    data = ready(open_box_data(request(yolo(tmp_path))))
+    data = ready(open_task_data(request(yolo(tmp_path))))
     batch = next(data.training.training(16, seed=0))
     whole = [
         (x, b)
@@ -62,7 +61,7 @@ def test_boxes_lie_on_the_bright_pixels_after_every_turn(tmp_path):
 def test_held_out_images_of_the_data_itself(tmp_path):
     yolo(tmp_path, split="train")
     yolo(tmp_path, count=3, split="val")
-    data = open_box_data(request(tmp_path))
+    data = open_task_data(request(tmp_path))
     held = {data.held_out.items[p.item].split for p in data.held_out.places}
     seen = {data.training.items[p.item].split for p in data.training.places}
     assert (held, seen) == ({"val"}, {"train"})
@@ -70,7 +69,7 @@ def test_held_out_images_of_the_data_itself(tmp_path):
 
 def test_held_out_images_by_seed(tmp_path):
     yolo(tmp_path, count=10)
-    first, again = (open_box_data(request(tmp_path, seed=1)) for _ in range(2))
+    first, again = (open_task_data(request(tmp_path, seed=1)) for _ in range(2))
     held = {p.item for p in first.held_out.places}
     assert held == {p.item for p in again.held_out.places}
     assert len(held) == 2
@@ -82,7 +81,7 @@ def test_one_large_image_is_held_out_by_block(tmp_path):
     picture(tmp_path / "a.png", boxes, (384, 384))
     lines = [f"0 {(x + 6) / 384} {(y + 6) / 384} {12 / 384} {12 / 384}" for x, y, *_ in boxes]
     (tmp_path / "a.txt").write_text("\n".join(lines))
-    data = ready(open_box_data(request(tmp_path)))
+    data = ready(open_task_data(request(tmp_path)))
     mask = data.training.kept_out[0]
     assert 0 < mask.mean() < 0.5
     for place in data.held_out.places:
@@ -104,7 +103,7 @@ def clips(folder, names, frames=6):
 
 
 def test_pairs_of_frames(tmp_path):
-    data = ready(open_box_data(request(clips(tmp_path, ["a", "b", "c"]), "tracking")))
+    data = ready(open_task_data(request(clips(tmp_path, ["a", "b", "c"]), "tracking")))
     batch = next(data.held_out.once(3))
     assert batch.images["opt"].shape == (3, 2, 3, 64, 64)
     assert len(batch.targets["boxes"]) == 6
@@ -116,7 +115,7 @@ def test_pairs_of_frames(tmp_path):
 
 
 def test_the_end_of_a_single_clip_is_held_out_and_shares_no_frame(tmp_path):
-    data = open_box_data(request(clips(tmp_path, ["a"], frames=11), "tracking"))
+    data = open_task_data(request(clips(tmp_path, ["a"], frames=11), "tracking"))
 
     def frames(side):
         names = {side.items[p.item].name for p in side.places}
@@ -143,14 +142,14 @@ def test_polygons_over_a_scene_need_labels(tmp_path):
     (tmp_path / "tiles.zarr").mkdir()
     (tmp_path / "tiles.zarr" / ".zgroup").write_text("{}")
     with pytest.raises(LabelError, match="pass --labels"):
-        open_box_data(request(tmp_path / "tiles.zarr"))
+        open_task_data(request(tmp_path / "tiles.zarr"))
     with pytest.raises(LabelError, match="clips in folders"):
-        open_box_data(request(tmp_path / "tiles.zarr", "tracking"))
+        open_task_data(request(tmp_path / "tiles.zarr", "tracking"))
 
 
 def test_still_images_are_no_clips(tmp_path):
     with pytest.raises(LabelError, match="clips of at least two frames"):
-        open_box_data(request(yolo(tmp_path), "tracking"))
+        open_task_data(request(yolo(tmp_path), "tracking"))
 
 
 def test_boxes_beside_the_image_are_counted(tmp_path, capsys):
@@ -159,12 +158,12 @@ def test_boxes_beside_the_image_are_counted(tmp_path, capsys):
         "image_path,xmin,ymin,xmax,ymax,label\n"
         "a.png,10,10,20,20,x\na.png,70,80,90,90,x\na.png,300,10,320,20,x\na.png,5,5,5,9,x\n"
     )
-    open_box_data(request(tmp_path))
+    open_task_data(request(tmp_path))
     assert "boxes left out: 1 outside the image, 1 with zero area" in capsys.readouterr().err
 
 
 def test_normalisation_comes_from_the_training_images(tmp_path):
-    data = ready(open_box_data(request(yolo(tmp_path))))
+    data = ready(open_task_data(request(yolo(tmp_path))))
     norm = data.training.normalisation["opt"]
     assert norm.bands == ("red", "green", "blue")
     assert torch.isfinite(next(data.training.training(2, 0)).images["opt"]).all()

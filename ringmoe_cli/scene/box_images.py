@@ -10,6 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from model.boxes import Boxes
+from model.normalisation import Normalisation
 from ringmoe_cli import console
 from ringmoe_cli.errors import LabelError
 from ringmoe_cli.scene.box_formats import parse_vector
@@ -19,8 +20,10 @@ from ringmoe_cli.scene.folder_images import FolderImage, Images
 from ringmoe_cli.scene.folders import ANY, Example
 from ringmoe_cli.scene.grid import Grid, Window
 from ringmoe_cli.scene.labelcode import ClassList
+from ringmoe_cli.scene.scene import Scene
 from ringmoe_cli.scene.splits import Split, split_by_block
 from ringmoe_cli.scene.store_scenes import StorePlace
+from ringmoe_cli.scene.strips import Normalised
 from ringmoe_cli.scene.tiles import LabelLayer, Store
 
 VISIBLE = 0.5
@@ -69,6 +72,38 @@ class BoxScene:
     def label(self, window: Window) -> list[Boxes]:
         """The boxes of each date that a window shows, in its pixels."""
         return [boxes_in(boxes, window) for boxes in self.boxes]
+
+    def sources(self, normalisation: Mapping[str, Normalisation]) -> list[Normalised]:
+        """Each date on its own, normalised, to be predicted whole."""
+        scenes = scenes_of(self.image)
+        return [
+            Normalised([{m: Date(s, self.image, t) for m, s in scenes.items()}], normalisation)
+            for t in range(len(self.boxes))
+        ]
+
+
+@dataclass(frozen=True)
+class Date:
+    """One date of one modality of an image, read as `ringmoe predict` reads scenes."""
+
+    scene: Scene
+    """What is known about it."""
+    image: Labelled
+    """Reads it."""
+    number: int
+    """Which date."""
+
+    def physical(self, window: Window) -> Sample:
+        """Physical channels and validity of a window that may overhang."""
+        return self.image.read(window)[self.scene.modality][self.number]
+
+
+def scenes_of(image: Labelled) -> dict[str, Scene]:
+    """What is known about each modality of an image."""
+    if isinstance(image, FolderImage):
+        return {s.modality: s for s in image.scenes}
+    assert isinstance(image, StorePlace)
+    return {m: dates[0].scene for m, dates in image.scenes.items()}
 
 
 def boxes_in(boxes: Boxes, window: Window) -> Boxes:
@@ -165,9 +200,7 @@ def stored_boxes(
     return found, classes
 
 
-def divide(
-    items: Sequence[BoxScene], size: int, share: float, seed: int, others: Sequence[BoxScene] = ()
-) -> Split:
+def divide_boxes(items: Sequence[Labelled], size: int, share: float, seed: int) -> Split:
     """Training and held-out windows: as the data says, by clip, by image, or by block.
 
     Args:
@@ -175,24 +208,22 @@ def divide(
         size: side of a window.
         share: held out where the data has no validation split.
         seed: of the draw.
-        others: held-out images of their own.
     """
-    items = [i for i in items if i.split != "test"]
-    held = [n for n, i in enumerate(items) if i.split == "val"]
-    if others:
-        items, held = [*items, *others], list(range(len(items), len(items) + len(others)))
+    used = [i for i in items if isinstance(i, BoxScene) and i.split != "test"]
+    held = [n for n, i in enumerate(used) if i.split == "val"] or drawn(used, share, seed)
     if not held:
-        held = drawn(items, share, seed)
-    if not held:
-        return by_block(items, size, share, seed)
+        return by_block(used, size, share, seed)
     apart = set(held)
-    training = [
-        n for n in range(len(items)) if n not in apart and not next_is_held(items, n, apart)
-    ]
+    training = [n for n in range(len(used)) if n not in apart and not next_is_held(used, n, apart)]
     return Split(
-        LabelledWindows(items, thinned(items, places(items, training, size), seed), size),
-        LabelledWindows(items, places(items, held, size), size),
+        LabelledWindows(used, thinned(used, places(used, training, size), seed), size),
+        LabelledWindows(used, places(used, held, size), size),
     )
+
+
+def all_windows(items: Sequence[Labelled], chosen: Sequence[int], size: int) -> LabelledWindows:
+    """All windows of some images, for scoring."""
+    return LabelledWindows(items, places(items, chosen, size), size)
 
 
 def next_is_held(items: Sequence[BoxScene], n: int, held: set[int]) -> bool:
@@ -211,7 +242,7 @@ def drawn(items: Sequence[BoxScene], share: float, seed: int) -> list[int]:
     return [n for n, i in enumerate(items) if (i.clip or i.name) in chosen]
 
 
-def places(items: Sequence[BoxScene], chosen: Sequence[int], size: int) -> list[Place]:
+def places(items: Sequence[Labelled], chosen: Sequence[int], size: int) -> list[Place]:
     """Windows that tile images."""
     return [Place(n, w) for n in chosen for w in items[n].grid.windows(size, size)]
 
