@@ -12,7 +12,7 @@ from ringmoe_cli.scene.raster import grid_of, open_raster
 from ringmoe_cli.scene.scene import Band, Scene
 
 METADATA = r"[^/]*_MTL\.txt"
-IMAGE = r"([^/]*?)_(?:SR_|T1_|T2_)?B(\d+)\.TIF"
+IMAGE = r"[^/]*(?<!_ST)_(?:SR_)?B(\d+)\.TIF"
 OTHER = ("pan", "thermal", "thermal2")
 """Bands with other pixels or other units than reflectance; they are left out."""
 
@@ -60,7 +60,7 @@ def band_number(path: str) -> str:
     """The number in a band's file name."""
     match = re.fullmatch(IMAGE, PurePosixPath(path).name, re.IGNORECASE)
     assert match
-    return match[2]
+    return match[1]
 
 
 def band(files: ProductFiles, about: Mapping[str, str], path: str, number: str, name: str) -> Band:
