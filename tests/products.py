@@ -76,7 +76,10 @@ def s2_metadata(level: str, images: list[str], offset: int | None) -> str:
         "</Spectral_Information>"
         for i, (b, m) in enumerate(S2_IDS.items())
     )
-    listing = f"<Granule_List><Granule granuleIdentifier='S2B_T30UWF' imageFormat='JPEG2000'>{listed}</Granule></Granule_List>"
+    listing = (
+        "<Granule_List><Granule granuleIdentifier='S2B_T30UWF' imageFormat='JPEG2000'>"
+        f"{listed}</Granule></Granule_List>"
+    )
     kind = f"Level-{level}_User_Product"
     space = f"https://psd-14.sentinel2.eo.esa.int/PSD/User_Product_Level-{level}.xsd"
     return (
@@ -96,7 +99,8 @@ def s2_metadata(level: str, images: list[str], offset: int | None) -> str:
 
 def s2_tile_metadata(level: str) -> str:
     sizes = "".join(
-        f"<Size resolution='{m}'><NROWS>{SIDE * 10 // m}</NROWS><NCOLS>{SIDE * 10 // m}</NCOLS></Size>"
+        f"<Size resolution='{m}'><NROWS>{SIDE * 10 // m}</NROWS>"
+        f"<NCOLS>{SIDE * 10 // m}</NCOLS></Size>"
         f"<Geoposition resolution='{m}'><ULX>500000</ULX><ULY>6000000</ULY><XDIM>{m}</XDIM>"
         f"<YDIM>-{m}</YDIM></Geoposition>"
         for m in (10, 20, 60)
@@ -169,11 +173,13 @@ def sentinel1(root: Path, kind: str, swaths: dict[str, tuple[str, ...]], bursts:
                     f"<fileLocation locatorType='URL' href='./{path}'/></byteStream></dataObject>"
                 )
             meta += [
-                f"<metadataObject ID='m{s}{n}'><dataObjectPointer dataObjectID='{s}{n}'/></metadataObject>"
+                f"<metadataObject ID='m{s}{n}'><dataObjectPointer dataObjectID='{s}{n}'/>"
+                "</metadataObject>"
                 for s in ("Product", "Calibration")
             ]
             units.append(
-                f"<xfdu:contentUnit unitType='Measurement Data Unit' dmdID='mProduct{n} mCalibration{n}'>"
+                "<xfdu:contentUnit unitType='Measurement Data Unit' "
+                f"dmdID='mProduct{n} mCalibration{n}'>"
                 f"<dataObjectPointer dataObjectID='Measurement{n}'/></xfdu:contentUnit>"
             )
     (folder / "manifest.safe").write_text(

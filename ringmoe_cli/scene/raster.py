@@ -173,7 +173,7 @@ def vrt_sources(path: Path) -> list[str]:
     found = []
     for element in root.iter():
         tag = element.tag.lower()
-        value = (element.text or "").strip()
+        value = element.text or ""
         if tag in ("sourcefilename", "sourcedataset", "filename", "cutlineds"):
             found.append(value)
         elif tag in ("pixelfunctioncode", "processingsteps", "group"):
