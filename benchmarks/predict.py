@@ -35,7 +35,8 @@ from ringmoe_cli.scene.stitch import Lattice
 
 BANDS = ("blue", "green", "red", "nir")
 IDLE = "import resource, sys; from pathlib import Path; from ringmoe_cli import maps; " \
-    "maps.load_mapper(Path(sys.argv[1]), maps.Wish()); " \
+    "from ringmoe_cli.opening import Wish; " \
+    "maps.load_mapper(Path(sys.argv[1]), Wish()); " \
     "print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)"  # fmt: skip
 
 

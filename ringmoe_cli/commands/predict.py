@@ -87,9 +87,10 @@ def predict(
         raise typer.BadParameter(f"--tta {tta}: say flips or none")
     console.State.quiet = quiet
     from ringmoe_cli import maps
+    from ringmoe_cli.opening import Wish
     from ringmoe_cli.scene.writer import parse_options
 
-    wish = maps.Wish(
+    wish = Wish(
         output=output, overwrite=overwrite, probabilities=probabilities,
         options=parse_options(co or []), modality=modality,
         bands=tuple(bands.split(",")) if bands else None, scale=scale,
@@ -97,5 +98,5 @@ def predict(
         gsd=gsd, no_resample=no_resample,
     )  # fmt: skip
     mapper = maps.load_mapper(Path(model), wish, device, window, overlap, batch, tta == "flips")
-    if maps.map_all(mapper, list(maps.scene_list(scenes)), as_json):
+    if maps.work_through(mapper.map_scene, list(maps.scene_list(scenes)), output, as_json):
         raise typer.Exit(1)

@@ -108,6 +108,53 @@ class ValueMap:
         return {self.name: values, "sums": np.array([valid.size, valid.sum(), (valid**2).sum()])}
 
 
+@dataclass(frozen=True)
+class FeatureMap:
+    """Features of an encoder, as they are (half precision) or in 255 steps per band."""
+
+    channels: int
+    """Number of features."""
+    dtype: str
+    """float16 or int8."""
+    largest: tuple[float, ...] = ()
+    """int8: per feature, the size that 127 stands for; larger ones are cut off."""
+
+    @property
+    def scales(self) -> tuple[float, ...]:
+        """What a step of int8 stands for, per feature."""
+        return tuple(v / 127 for v in self.largest) if self.dtype == "int8" else ()
+
+    @property
+    def layers(self) -> tuple[Layer, ...]:
+        """One map with a band per feature."""
+        names = tuple(f"feature_{i + 1}" for i in range(self.channels))
+        if self.dtype == "int8":
+            return (Layer("features", "int8", -128, self.channels, descriptions=names, scales=self.scales),)  # fmt: skip # noqa: E501
+        nan = float("nan")
+        return (Layer("features", "float32", nan, self.channels, descriptions=names, nbits=16),)
+
+    def encode(self, rows: Rows) -> Encoded:
+        """The features as they are stored."""
+        if self.dtype != "int8":
+            return {"features": np.where(rows.valid, rows.dense, np.float32("nan"))}
+        steps = np.asarray(self.scales, np.float32)[:, None, None]
+        whole = np.clip(np.rint(rows.dense / steps), -127, 127).astype(np.int8)
+        return {"features": np.where(rows.valid, whole, np.int8(-128))}
+
+
+@dataclass(frozen=True)
+class Vectors:
+    """One vector per tile: no map, but kept band by band like one."""
+
+    channels: int
+    """Length of a vector."""
+    layers: tuple[Layer, ...] = field(default=(), init=False)
+
+    def encode(self, rows: Rows) -> Encoded:
+        """The vectors of a row of tiles, and which of them say something."""
+        return {"vectors": rows.dense, "valid": rows.valid.astype(np.uint8)}
+
+
 def most_probable(
     probabilities: NDArray[np.float32],
 ) -> tuple[NDArray[np.uint8], NDArray[np.float32]]:

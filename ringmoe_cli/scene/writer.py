@@ -59,8 +59,10 @@ class Layer:
     """RGB of the values 0, 1, …, for a class map."""
     descriptions: tuple[str, ...] = ()
     """Names of the bands."""
-    scale: float = 1.0
-    """Meaning = stored value · scale."""
+    scales: tuple[float, ...] = ()
+    """Per band, meaning = stored value · scale; empty for 1."""
+    nbits: int | None = None
+    """Bits on disk, if fewer than the type has: 16 for half precision."""
     unit: str = ""
     """Unit of the meaning."""
 
@@ -76,8 +78,9 @@ def class_layer(classes: tuple[str, ...], colours: tuple[tuple[int, int, int], .
 def probability_layer(classes: tuple[str, ...]) -> Layer:
     """One band per class, probability in steps of 1/254, 255 where there is nothing."""
     return Layer(
-        "probabilities", "uint8", 255, bands=len(classes), descriptions=classes, scale=1 / 254
-    )
+        "probabilities", "uint8", 255, bands=len(classes), descriptions=classes,
+        scales=(1 / 254,) * len(classes),
+    )  # fmt: skip
 
 
 def value_layer(name: str, unit: str) -> Layer:
@@ -192,8 +195,8 @@ def describe(dataset: Any, layer: Layer, grid: Grid) -> None:
         dataset.write_colormap(1, {i: (*rgb, 255) for i, rgb in enumerate(layer.colours)})
     if layer.descriptions:
         dataset.descriptions = layer.descriptions
-    if layer.scale != 1:
-        dataset.scales = (layer.scale,) * layer.bands
+    if layer.scales:
+        dataset.scales = layer.scales
     if layer.unit:
         dataset.units = (layer.unit,) * layer.bands
 
@@ -209,12 +212,13 @@ def cog_options(layer: Layer, options: Mapping[str, str]) -> dict[str, str]:
     """Creation options of the COG: good defaults, then the user's."""
     defaults = {
         "COMPRESS": "DEFLATE",
-        "PREDICTOR": "YES" if layer.dtype.startswith("float") else "NO",
+        "PREDICTOR": "YES" if layer.dtype.startswith("float") and not layer.nbits else "NO",
         "OVERVIEW_RESAMPLING": layer.resampling.upper(),
         "BIGTIFF": "IF_SAFER",
         "NUM_THREADS": "ALL_CPUS",
     }
-    return {**defaults, **options}
+    bits = {"NBITS": str(layer.nbits)} if layer.nbits else {}
+    return {**defaults, **bits, **options}
 
 
 def parse_options(given: list[str]) -> dict[str, str]:

@@ -1,0 +1,104 @@
+"""`ringmoe embed`: features of scenes, without any head or labels."""
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from ringmoe_cli import console
+from ringmoe_cli.options import (
+    AllowRemote,
+    Bands,
+    Device,
+    Json,
+    ModalityName,
+    Model,
+    Output,
+    Overwrite,
+    Quiet,
+)
+
+
+def embed(
+    scenes: Annotated[
+        list[str],
+        typer.Argument(help="Rasters or product folders; - reads a list from stdin."),
+    ],
+    model: Model = None,
+    output: Output = None,
+    overwrite: Overwrite = False,
+    dense: Annotated[
+        bool, typer.Option("--dense", help="A feature map (COG) instead of a vector per tile.")
+    ] = False,
+    stage: Annotated[int, typer.Option(help="1 to 4, at 4, 8, 16 or 32 pixels per feature.")] = 4,
+    pca: Annotated[
+        int | None, typer.Option(min=1, help="Keep this many principal components (dense).")
+    ] = None,
+    dtype: Annotated[str, typer.Option(help="float16 or int8 (dense).")] = "float16",
+    quicklook: Annotated[
+        Path | None, typer.Option(help="Draw the first three bands as PNG (dense).")
+    ] = None,
+    window: Annotated[
+        int | None, typer.Option(help="Side of a tile in pixels.", show_default="as trained")
+    ] = None,
+    overlap: Annotated[
+        float, typer.Option(help="Share (or pixels, from 1) that windows overlap (dense).")
+    ] = 0.25,
+    batch: Annotated[
+        int | None, typer.Option(help="Windows per batch.", show_default="by size")
+    ] = None,
+    modality: ModalityName = None,
+    bands: Bands = None,
+    scale: Annotated[
+        str | None, typer.Option(help="factor[,offset], or dn, reflectance, amplitude, sigma0, db.")
+    ] = None,
+    gsd: Annotated[
+        float | None, typer.Option(help="Metres per pixel, for scenes that do not say.")
+    ] = None,
+    skip_bad: Annotated[
+        bool, typer.Option("--skip-bad", help="Unreadable blocks become nodata, with a warning.")
+    ] = False,
+    device: Device = "auto",
+    allow_remote: AllowRemote = False,
+    as_json: Json = False,
+    quiet: Quiet = False,
+) -> None:
+    """Features of scenes: `<scene>_embedding.parquet`, a polygon and a vector per tile.
+
+    Examples:
+        ringmoe embed scene.tif --model runs/pre
+        ringmoe embed scene.tif --model runs/pre --dense --stage 2 --pca 16 --quicklook look.png
+    """
+    if model is None:
+        raise typer.BadParameter(
+            "run `ringmoe demo` to get a model, or pass --model DIR or set RINGMOE_MODEL"
+        )
+    if dtype not in ("float16", "int8"):
+        raise typer.BadParameter(f"--dtype {dtype}: say float16 or int8")
+    if (pca or quicklook) and not dense:
+        raise typer.BadParameter("--pca and --quicklook belong to --dense")
+    console.State.quiet = quiet
+    from ringmoe_cli.embedding import load_embedder
+    from ringmoe_cli.maps import scene_list, work_through
+    from ringmoe_cli.opening import Wish
+    from ringmoe_cli.scene.quickrgb import draw_bands
+
+    wish = Wish(
+        output=output, overwrite=overwrite, modality=modality, scale=scale, gsd=gsd,
+        bands=tuple(bands.split(",")) if bands else None,
+        allow_remote=allow_remote, skip_bad=skip_bad,
+    )  # fmt: skip
+    embedder = load_embedder(
+        Path(model), wish, stage=stage, device=device, window=window, overlap=overlap, batch=batch
+    )
+
+    def work(path: str) -> dict[str, object]:
+        if not dense:
+            return embedder.vectors(path)
+        said = embedder.dense(path, pca, dtype)
+        if quicklook:
+            draw_bands(Path(said["output"]), quicklook)
+        return said
+
+    if work_through(work, list(scene_list(scenes)), output, as_json):
+        raise typer.Exit(1)
