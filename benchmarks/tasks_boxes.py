@@ -1,0 +1,309 @@
+"""Detection and tracking on the real labelled sets, against trivial and classical baselines.
+
+    RINGMOE_DATA=… python benchmarks/tasks_boxes.py ROW [ROW …] --work /tmp/boxes
+
+Rows are named in `ROWS`; each prints one JSON line. Training goes through `ringmoe finetune`,
+scoring through `ringmoe evaluate` (whole images, merged across windows), as a user would.
+"""
+
+import argparse
+import csv
+import json
+import os
+import shutil
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from PIL import Image
+from scipy.ndimage import label, uniform_filter
+from vehicles import clip
+
+from model.association import track
+from model.boxes import Boxes
+from model.detection_metrics import AveragePrecision
+from model.tracking_metrics import TrackingScores
+from ringmoe_cli.scene.boxes_io import BoxSet, boxes_of, find_boxes, image_size
+
+DATA = Path(os.environ.get("RINGMOE_DATA", "/nowhere"))
+REACH = 6.0
+"""Pixels between a label point and a track's centre that count as a match (WPAFB)."""
+
+
+def ringmoe(*words: object) -> dict[str, Any]:
+    """Run the command line; its last line of JSON."""
+    done = subprocess.run(
+        [Path(sys.executable).parent / "ringmoe", *map(str, words), "--json", "--quiet"],
+        check=True, stdout=subprocess.PIPE, text=True,
+    )  # fmt: skip
+    return dict(json.loads(done.stdout.strip().splitlines()[-1]))
+
+
+def trained(data: Path, run: Path, task: str, *more: object) -> float:
+    """Fine-tune; seconds."""
+    start = time.perf_counter()
+    ringmoe("finetune", data, "--task", task, "-o", run, "--overwrite", "--modality", "opt", *more)
+    return time.perf_counter() - start
+
+
+def detection_row(
+    name: str, data: Path, classes: str, work: Path, *more: object, split: str = "val"
+) -> None:
+    """Train, score on the held-out images, print."""
+    run = work / name
+    seconds = trained(data, run, "detection", "--classes", classes, *more)
+    found = ringmoe("evaluate", data, "--model", run, "--modality", "opt", "--split", split)
+    show(name, found["scores"], seconds)
+
+
+def show(name: str, scores: dict[str, Any], seconds: float) -> None:
+    """One line of results."""
+    keys = ("map", "map50", "recall", "ap50_per_class", "hota", "mota", "idf1", "precision",
+            "switches")  # fmt: skip
+    kept = {k: scores[k] for k in keys if k in scores}
+    print(json.dumps({"row": name, **kept, "train_seconds": round(seconds, 1)}), flush=True)
+
+
+def kit(work: Path) -> Path:
+    """KIT AIS Munich street: the first 14 frames train, two are left out, the last 4 are held out.
+
+    Neighbouring frames share their background, so this says how well known vehicles are found
+    again later, not how well others are.
+    """
+    root = work / "kit"
+    frames = sorted((DATA / "10_tracking/kit_ais_munichstreet02").glob("*.png"))
+    for part, chosen in (("train", frames[:14]), ("val", frames[16:])):
+        for frame in chosen:
+            for suffix in (".png", ".txt"):
+                target = root / part / frame.with_suffix(suffix).name
+                target.parent.mkdir(parents=True, exist_ok=True)
+                shutil.copy(frame.with_suffix(suffix), target)
+    (root / "classes.txt").write_text("car\ntruck\nbus\nminibus\ncyclist\n")
+    return root
+
+
+def neon(work: Path) -> Path:
+    """NEON crowns: OSBS trains, SJER is held out; two images, a functional check."""
+    root, source = work / "neon", DATA / "08_detection/neon_trees"
+    for part, stem in (("train", "OSBS_029"), ("val", "2018_SJER_3_252000_4107000_image_477")):
+        folder = root / part
+        folder.mkdir(parents=True, exist_ok=True)
+        shutil.copy(source / f"{stem}.tif", folder)
+        file = source / (f"{stem}.csv" if part == "train" else f"{stem}_truth.csv")
+        with file.open() as rows, (folder / f"{stem}.txt").open("w") as out:
+            for row in csv.DictReader(rows):
+                x0, x1, y0, y1 = (float(row[k]) / 400 for k in ("xmin", "xmax", "ymin", "ymax"))
+                out.write(f"0 {(x0 + x1) / 2} {(y0 + y1) / 2} {x1 - x0} {y1 - y0}\n")
+    (root / "classes.txt").write_text("tree\n")
+    return root
+
+
+def spacenet(work: Path) -> Path:
+    """SpaceNet-4 roofs in one pan image of 900 × 450; blocks of it are held out."""
+    root, source = work / "spacenet", DATA / "08_detection/spacenet4_atlanta_buildings"
+    root.mkdir(parents=True, exist_ok=True)
+    for name in ("atlanta_left.tif", "atlanta_left.geojson"):
+        shutil.copy(source / name, root)
+    return root
+
+
+def wpafb(work: Path) -> Path:
+    """WPAFB frames 100-105 as a MOT clip; label points become boxes of 9 × 9 pixels."""
+    root, source = work / "wpafb" / "val" / "aoi02", DATA / "10_tracking/wpafb_aoi02"
+    for folder in ("img1", "gt"):
+        (root / folder).mkdir(parents=True, exist_ok=True)
+    for frame in range(100, 106):
+        shutil.copy(source / f"frames/frame_{frame:06d}.png", root / f"img1/{frame:06d}.png")
+    with (source / "gt_frames_000_255.csv").open() as rows, (root / "gt/gt.txt").open("w") as out:
+        for row in csv.DictReader(rows):
+            if int(row["frame"]) <= 105:
+                x, y = float(row["col"]) + 0.5 - 4.5, float(row["row"]) + 0.5 - 4.5
+                out.write(f"{row['frame']},{row['id']},{x},{y},9,9,1,1,1\n")
+    return root.parent.parent
+
+
+def simulated(work: Path, clips: int = 24) -> Path:
+    """Simulated clips to learn from."""
+    root = work / "vehicles"
+    for seed in range(clips):
+        clip(root / ("val" if seed >= clips - 3 else "train") / f"clip{seed:02d}", seed)
+    return root
+
+
+def pixel_features(path: Path) -> NDArray[np.float32]:
+    """(H, W, F): colours, and their means and deviations over 5 × 5 and 15 × 15 pixels."""
+    import rasterio
+
+    with rasterio.open(path) as source:
+        bands = source.read().astype(np.float32)
+    bands /= max(float(np.percentile(bands, 99)), 1.0)
+    layers = [bands]
+    for side in (5, 15):
+        mean = np.stack([uniform_filter(b, side) for b in bands])
+        square = np.stack([uniform_filter(b * b, side) for b in bands])
+        layers += [mean, np.sqrt(np.maximum(square - mean**2, 0))]
+    return np.moveaxis(np.concatenate(layers), 0, -1)
+
+
+def forest_row(name: str, data: Path, classes: str | None = None, rotated: bool = False) -> None:
+    """Classical baseline: a random forest on pixels, connected regions of a class as boxes."""
+    from sklearn.ensemble import RandomForestClassifier
+
+    start, rng = time.perf_counter(), np.random.default_rng(0)
+    found = find_boxes(data, rotated=rotated, classes=classes)
+    samples, targets = [], []
+    for image in (i for i in found.images if i.split == "train"):
+        features, truth = pixel_features(image.path), painted(image.path, image.marks, found)
+        at = rng.choice(truth.size, min(3000, truth.size), replace=False)
+        samples.append(features.reshape(truth.size, -1)[at])
+        targets.append(truth.ravel()[at])
+    forest = RandomForestClassifier(60, min_samples_leaf=5, n_jobs=2, random_state=0)
+    forest.fit(np.concatenate(samples), np.concatenate(targets))
+    seconds, metric = time.perf_counter() - start, AveragePrecision(len(found.classes))
+    for image in (i for i in found.images if i.split == "val"):
+        features = pixel_features(image.path)
+        flat = features.reshape(-1, features.shape[-1])
+        chance = forest.predict_proba(flat).reshape(*features.shape[:2], -1)
+        columns = {int(c): chance[..., n] for n, c in enumerate(forest.classes_)}
+        size = image_size(image.path)
+        truth = boxes_of(image.marks, found.classes, False, size)[0]
+        metric.add(regions(columns, len(found.classes)), truth)
+    show(name, metric.compute(), seconds)
+
+
+def painted(path: Path, marks: Any, found: BoxSet) -> NDArray[np.int64]:
+    """(H, W) class + 1 inside boxes, 0 outside; the smaller box on top."""
+    height, width = image_size(path)
+    boxes = boxes_of(marks, found.classes, False, (height, width))[0]
+    out = np.zeros((height, width), np.int64)
+    for n in boxes.area.argsort(descending=True).tolist():
+        x0, y0, x1, y1 = (round(v) for v in boxes.corners()[n].tolist())
+        out[y0:y1, x0:x1] = int(boxes.labels[n]) + 1
+    return out
+
+
+def regions(chance: dict[int, NDArray[np.float64]], classes: int) -> Boxes:
+    """Envelopes of connected regions where a class is likelier than all others."""
+    best = np.stack([chance.get(k, np.zeros_like(chance[0])) for k in range(classes + 1)])
+    winner, rows, names, scores = best.argmax(0), [], [], []
+    for k in range(1, classes + 1):
+        numbers, count = label(winner == k)
+        for n in range(1, count + 1):
+            y, x = np.nonzero(numbers == n)
+            if y.size >= 20:
+                rows.append([x.min(), y.min(), x.max() + 1, y.max() + 1])
+                names.append(k - 1)
+                scores.append(float(best[k, y, x].mean()))
+    if not rows:
+        return Boxes.empty()
+    return Boxes.from_corners(rows, labels=torch.tensor(names), scores=torch.tensor(scores))
+
+
+def tracking_scores(
+    name: str, found: list[Boxes], truth: list[Boxes], seconds: float, **settings: float
+) -> None:
+    """Associate and score by centre distance."""
+    scores, precision = TrackingScores(reach=REACH), AveragePrecision(1)
+    scores.add(track(found, **settings), truth)
+    for f, t in zip(found, truth, strict=True):
+        precision.add(f, t)
+    show(name, {**precision.compute(), **scores.compute()}, seconds)
+
+
+def wpafb_frames(work: Path) -> tuple[list[Path], list[Boxes]]:
+    """Frames and labels of the real clip."""
+    found = find_boxes(wpafb(work), classes="vehicle")
+    truth = [boxes_of(i.marks, found.classes, False, image_size(i.path))[0] for i in found.images]
+    return [i.path for i in found.images], truth
+
+
+def difference_row(work: Path) -> None:
+    """Baseline: regions that differ from the median of the frames, same association."""
+    paths, truth = wpafb_frames(work)
+    start = time.perf_counter()
+    frames = np.stack([np.asarray(Image.open(p), np.float32) for p in paths])
+    frames = (frames - frames.mean((1, 2), keepdims=True)) / frames.std((1, 2), keepdims=True)
+    away = np.abs(frames - np.median(frames, 0))
+    found = []
+    for image in away:
+        smooth = uniform_filter(image, 3)
+        numbers, count = label(smooth > 0.6)
+        centres = [np.argwhere(numbers == n).mean(0) + 0.5 for n in range(1, count + 1)]
+        peaks = [float(smooth[numbers == n].max()) for n in range(1, count + 1)]
+        sizes = [int((numbers == n).sum()) for n in range(1, count + 1)]
+        good = [n for n, s in enumerate(sizes) if 4 <= s <= 150]
+        rows = [[centres[n][1], centres[n][0], 9, 9, 0] for n in good]
+        scores = torch.tensor([min(peaks[n] / 3, 1.0) for n in good])
+        found.append(Boxes(torch.tensor(rows, dtype=torch.float32).view(-1, 5), scores=scores))
+    tracking_scores("wpafb-difference", found, truth, time.perf_counter() - start)
+
+
+def still_row(work: Path) -> None:
+    """Trivial baseline: the labels of the first frame, kept for ever."""
+    _, truth = wpafb_frames(work)
+    tracking_scores("wpafb-first-frame-kept", [truth[0]] * len(truth), truth, 0.0)
+
+
+def wpafb_row(work: Path, *more: object) -> None:
+    """Train on simulated clips, track the real one."""
+    from model.tasks.network import load_task_network
+    from ringmoe_cli.objects import boxes_of_clip, settings_of
+    from ringmoe_cli.scene.reader import SceneReader
+    from ringmoe_cli.scene.sensors import open_scene
+    from ringmoe_cli.scene.strips import Normalised
+
+    run = work / "wpafb-simulated"
+    seconds = trained(simulated(work), run, "tracking", "--bands", "band_1", *more)
+    network, config = load_task_network(run)
+    paths, truth = wpafb_frames(work)
+    frames = [
+        Normalised(
+            [{"opt": SceneReader(open_scene(p, modality="opt", unnamed="number"))}],
+            config.normalisation,
+        )
+        for p in paths
+    ]
+    found = boxes_of_clip(network, frames, settings_of(128))
+    torch.save([f.geometry for f in found], work / "wpafb-found.pt")
+    tracking_scores("wpafb-simulated", found, truth, seconds)
+
+
+LAKES = "08_detection/bhuvan_lake_river"
+ROWS: dict[str, Callable[[Path], None]] = {
+    "lakes": lambda work: detection_row(
+        "lakes", DATA / LAKES, "lake,river", work,
+        "--set", "task.window=192", "--set", "train.batch_size=4", "--steps", 180,
+    ),
+    "lakes-forest": lambda _: forest_row("lakes-forest", DATA / LAKES, "lake,river"),
+    "kit": lambda work: detection_row("kit", kit(work), "car,minibus", work, "--steps", 180),
+    "kit-forest": lambda work: forest_row("kit-forest", kit(work), "car,minibus"),
+    "neon": lambda work: detection_row("neon", neon(work), "tree", work, "--steps", 120),
+    "neon-forest": lambda work: forest_row("neon-forest", neon(work), "tree"),
+    "spacenet": lambda work: detection_row(
+        "spacenet", spacenet(work), "object", work, "--steps", 120, "--bands", "band_1",
+        "--set", "task.rotated=true", split="held-out",
+    ),
+    "wpafb-first-frame-kept": still_row,
+    "wpafb-difference": difference_row,
+    "wpafb-simulated": lambda work: wpafb_row(work, "--steps", 220),
+}  # fmt: skip
+
+
+def main() -> None:
+    """Run the rows named on the command line."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("rows", nargs="+", choices=[*ROWS, "all"])
+    parser.add_argument("--work", type=Path, default=Path("/tmp/boxes"))
+    said = parser.parse_args()
+    for name in ROWS if "all" in said.rows else said.rows:
+        ROWS[name](said.work)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,157 @@
+"""What is left on disk beside pixel maps: boxes, tracks, classes of tiles, changed regions."""
+
+import time
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from model.association import track
+from model.boxes import Boxes
+from model.config import TaskConfig
+from model.tasks.network import TaskNetwork
+from ringmoe_cli import console
+from ringmoe_cli.answers import Settings, lattice_of, sent
+from ringmoe_cli.objects import boxes_of_clip, boxes_of_scene
+from ringmoe_cli.scene.grid import Window
+from ringmoe_cli.scene.strips import Normalised, SkipBad, window_batches
+from ringmoe_cli.scene.vectors import (
+    write_boxes,
+    write_mot,
+    write_regions,
+    write_tiles,
+    write_tracks,
+)
+
+SUFFIX = {"detection": ".geojson", "tracking": ".txt", "classification": ".geojson"}
+"""Task -> suffix of its output, unless the user says another."""
+SURE = 0.3
+"""Confidence from which a box is written, unless the user says another."""
+
+
+def write_objects(
+    network: TaskNetwork,
+    source: Normalised,
+    fitted: Normalised,
+    output: Path,
+    settings: Settings,
+    *,
+    sure: float = SURE,
+    skip_bad: bool = False,
+) -> dict[str, Any]:
+    """Find the objects of a scene and write them as polygons.
+
+    Args:
+        network: of a detection task, in eval mode.
+        source: the scene on its own grid.
+        fitted: the scene as the model wants it, perhaps resampled.
+        output: .geojson, .parquet or .gpkg.
+        settings: window, overlap, batch, device.
+        sure: least confidence of a box.
+        skip_bad: leave unreadable places out.
+
+    Returns:
+        Output, objects per class, seconds: for `--json`.
+    """
+    start, skip = time.perf_counter(), SkipBad(skip_bad)
+    boxes = boxes_of_scene(network, fitted, settings, skip)[-1]
+    boxes = on_own_grid(boxes[boxes.scores >= sure], source, fitted)
+    write_boxes(output, boxes, source.grid, network.task.classes)
+    return {
+        "output": str(output),
+        "task": network.task.name,
+        "objects": counts(boxes, network.task),
+        **({"skipped": skip.skipped} if skip.skipped else {}),
+        "seconds": round(time.perf_counter() - start, 3),
+    }
+
+
+def on_own_grid(boxes: Boxes, source: Normalised, fitted: Normalised) -> Boxes:
+    """Boxes of a resampled scene in the pixels of the original."""
+    return boxes.scaled(source.grid.width / fitted.grid.width)
+
+
+def counts(boxes: Boxes, task: TaskConfig) -> dict[str, int]:
+    """Objects of each class."""
+    found = Counter(boxes.labels.tolist())
+    return {name: found[k] for k, name in enumerate(task.classes)}
+
+
+def write_clip(
+    network: TaskNetwork, frames: Sequence[Normalised], output: Path, settings: Settings
+) -> dict[str, Any]:
+    """Track through the frames of a clip; write MOT text, and the tracks as lines beside it.
+
+    Args:
+        network: of a tracking task, in eval mode.
+        frames: in order, all on one grid.
+        output: .txt; the lines go to the same name with .geojson.
+        settings: window, overlap, batch, device.
+
+    Returns:
+        Outputs, tracks per class, seconds: for `--json`.
+    """
+    start = time.perf_counter()
+    found = dict(enumerate(track(boxes_of_clip(network, frames, settings)), 1))
+    lines = output.with_suffix(".geojson")
+    write_mot(output, found)
+    write_tracks(lines, found, frames[0].grid, network.task.classes)
+    everyone = Boxes.cat(list(found.values()))
+    labels = dict(zip(everyone.tracks.tolist(), everyone.labels.tolist(), strict=True))
+    per_class = Counter(labels.values())
+    return {
+        "output": str(output),
+        "lines": str(lines),
+        "task": network.task.name,
+        "frames": len(frames),
+        "tracks": {name: per_class[k] for k, name in enumerate(network.task.classes)},
+        "seconds": round(time.perf_counter() - start, 3),
+    }
+
+
+def write_scene_tiles(
+    network: TaskNetwork, source: Normalised, fitted: Normalised, output: Path, settings: Settings
+) -> dict[str, Any]:
+    """Classify a scene tile by tile; write the tiles as polygons with their probabilities.
+
+    Tiles do not overlap; those without a valid pixel are left out.
+
+    Returns:
+        Output, tiles per class, seconds: for `--json`.
+    """
+    start = time.perf_counter()
+    lattice = lattice_of(fitted, replace(settings, overlap=0))
+    windows: list[Window] = []
+    scores = []
+    side = lattice.window
+    with console.progress(lattice.rows * lattice.columns, "classify", "tiles") as advance:
+        for some in window_batches(fitted, lattice, settings.batch, 0, lattice.rows, SkipBad()):
+            advance(len(some.places))
+            if some.batch is None:
+                continue
+            with torch.inference_mode():
+                answer = network.predict(sent(some.batch, settings.device)).scores
+            assert answer is not None
+            scores.append(answer.float().cpu().numpy())
+            places = [some.places[i] for i in some.full]
+            windows += [Window(r * side, c * side, side, side) for r, c in places]
+    classes = network.task.classes
+    table = np.concatenate(scores) if scores else np.zeros((0, len(classes)), np.float32)
+    write_tiles(output, windows, table, fitted.grid, classes)
+    found = Counter(table.argmax(1).tolist())
+    return {
+        "output": str(output),
+        "task": network.task.name,
+        "tiles": {name: found[k] for k, name in enumerate(classes)},
+        "seconds": round(time.perf_counter() - start, 3),
+    }
+
+
+def write_changes(class_map: Path, task: TaskConfig) -> dict[str, Any]:
+    """The changed regions of a finished change map as polygons beside it."""
+    regions = class_map.with_suffix(".geojson")
+    return {"regions": str(regions), "changed": write_regions(regions, class_map, task.classes)}
