@@ -24,7 +24,8 @@ from torch.distributed.fsdp import (
 from torch.distributed.tensor import DTensor, Shard, distribute_tensor
 
 from model.encoder import Block
-from model.experts import ExpertBank, Job, RMoE, Stack, run_locally
+from model.experts import ExpertBank, Job, RMoE, run_locally
+from model.mixture import Stack
 from model.pretrain import MaskedImageModel
 from model.router import Assignment, BranchRouting, LayerRouting, Router
 

@@ -1,0 +1,170 @@
+"""The arithmetic of experts: many small feed-forward networks on parts of the tokens.
+
+Shapes: T tokens, D width, F hidden width, E experts of a bank, N tokens assigned to experts.
+"""
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any, cast
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+CHUNK = 512
+"""Tokens per step of a CPU forward pass: the hidden activations stay in the cache."""
+
+Stack = tuple[Tensor, Tensor, Tensor, Tensor]
+"""fc1.weight (E, F, D), fc1.bias (E, F), fc2.weight (E, D, F), fc2.bias (E, D)."""
+
+
+@dataclass
+class Plan:
+    """What a `Mixture` computes, apart from its tensors."""
+
+    counts: list[list[int] | None]
+    """Tokens of each expert of each bank; None: the first expert takes all tokens."""
+    form: str
+    """Form of the GELU, as `F.gelu` calls it."""
+    keep: bool
+    """Whether a backward pass may follow."""
+
+    def experts(
+        self, rows: Sequence[Tensor | None], gates: Sequence[Tensor | None]
+    ) -> Iterator[tuple[int, int, Tensor | None, Tensor | None]]:
+        """Bank, expert, token rows and gates (None: all, 1) of the experts that have tokens."""
+        for bank, counts in enumerate(self.counts):
+            if counts is None:
+                yield bank, 0, None, None
+                continue
+            rows_E = torch.split(cast(Tensor, rows[bank]), counts)
+            gates_E = torch.split(cast(Tensor, gates[bank]), counts)
+            for expert, count in enumerate(counts):
+                if count:
+                    yield bank, expert, rows_E[expert], gates_E[expert]
+
+    def new(self, like: Tensor) -> Tensor:
+        """A buffer to add the experts' results to."""
+        return torch.empty_like(like) if None in self.counts else torch.zeros_like(like)
+
+    def new_stack(self, bank: int, stack: Sequence[Tensor]) -> list[Tensor]:
+        """Buffers for the gradients of a bank; experts without tokens have zeros."""
+        counts = self.counts[bank]
+        full = counts is not None and 0 not in counts
+        return [torch.empty_like(t) if full else torch.zeros_like(t) for t in stack]
+
+
+class Mixture(torch.autograd.Function):
+    """Σ gate·FFN_e(x) over the experts of several banks, one matrix product each.
+
+    Tokens are gathered per expert and results added where they belong; the gradients of stacked
+    weights are written expert by expert into one buffer (an autograd loop over `w[e]` would make
+    a full-size gradient per expert).
+    """
+
+    @staticmethod
+    def forward(ctx: Any, x_TD: Tensor, plan: Plan, *tensors: Tensor | None) -> Tensor:
+        """`tensors` holds rows_N, gate_N and the stack of each bank."""
+        stacks = [cast(Stack, tensors[i + 2 : i + 6]) for i in range(0, len(tensors), 6)]
+        y_TD = plan.new(x_TD)
+        kept: list[Tensor] = []
+        for bank, expert, rows, gate in plan.experts(tensors[0::6], tensors[1::6]):
+            w1, b1, w2, b2 = weights = cast(Stack, tuple(t[expert] for t in stacks[bank]))
+            if not plan.keep:
+                add_expert(y_TD, x_TD, rows, gate, weights, plan.form)
+                continue
+            x = x_TD if rows is None else x_TD.index_select(0, rows)
+            hidden = torch.addmm(b1, x, w1.t())
+            active = F.gelu(hidden, approximate=plan.form)
+            kept += [hidden, active]
+            if rows is None or gate is None:
+                torch.addmm(b2, active, w2.t(), out=y_TD)
+            else:
+                kept.append(torch.addmm(b2, active, w2.t()))
+                y_TD.index_add_(0, rows, kept[-1] * gate[:, None])
+        ctx.plan = plan
+        ctx.save_for_backward(x_TD, *tensors, *kept)
+        return y_TD
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, dy_TD: Tensor) -> tuple[Tensor | None, ...]:
+        """Gradients of the tokens, the gates and the stacks."""
+        plan: Plan = ctx.plan
+        x_TD, *saved = ctx.saved_tensors
+        size = 6 * len(plan.counts)
+        tensors, kept = saved[:size], iter(saved[size:])
+        stacks = [tensors[i + 2 : i + 6] for i in range(0, size, 6)]
+        gates = tensors[1::6]
+        dgates = [None if g is None else torch.empty_like(g) for g in gates]
+        dstacks = [plan.new_stack(bank, stack) for bank, stack in enumerate(stacks)]
+        dx_TD, dy_TD = plan.new(x_TD), dy_TD.contiguous()
+        gate_views = (dgate for *_, dgate in plan.experts(tensors[0::6], dgates))
+        for bank, expert, rows, gate in plan.experts(tensors[0::6], gates):
+            w1, _, w2, _ = (t[expert] for t in stacks[bank])
+            dw1, db1, dw2, db2 = (t[expert] for t in dstacks[bank])
+            hidden, active, dgate = next(kept), next(kept), next(gate_views)
+            x, dy = x_TD, dy_TD
+            if rows is not None and gate is not None:
+                x, dy = x_TD.index_select(0, rows), dy_TD.index_select(0, rows)
+                torch.sum(dy * next(kept), dim=1, out=dgate)
+                dy = dy * gate[:, None]
+            torch.mm(transposed(dy), active, out=dw2)
+            torch.sum(dy, dim=0, out=db2)
+            dhidden = torch.ops.aten.gelu_backward(dy @ w2, hidden, approximate=plan.form)
+            torch.mm(transposed(dhidden), x, out=dw1)
+            torch.sum(dhidden, dim=0, out=db1)
+            if rows is None:
+                torch.mm(dhidden, w1, out=dx_TD)
+            else:
+                dx_TD.index_add_(0, rows, dhidden @ w1)
+        pairs = zip(dgates, dstacks, strict=True)
+        return dx_TD, None, *(t for gate, stack in pairs for t in (None, gate, *stack))
+
+
+def add_expert(
+    y_TD: Tensor, x_TD: Tensor, rows: Tensor | None, gate: Tensor | None, weights: Stack, form: str
+) -> None:
+    """Add an expert's weighted output to its tokens' rows of `y_TD`; without rows, set all."""
+    tokens = len(x_TD) if rows is None else len(rows)
+    step = CHUNK if x_TD.is_cpu else max(tokens, 1)
+    for start in range(0, tokens, step):
+        part = slice(start, start + step)
+        if rows is None or gate is None:
+            feed_forward(x_TD[part], weights, form, y_TD[part])
+        else:
+            x = x_TD.index_select(0, rows[part])
+            out = feed_forward(x, weights, form, torch.empty_like(x))
+            y_TD.index_add_(0, rows[part], out.mul_(gate[part, None]))
+
+
+def feed_forward(x_ND: Tensor, weights: Stack, form: str, out_ND: Tensor) -> Tensor:
+    """FFN(x), (N, D) -> (N, D), without gradients.
+
+    In bfloat16 on a CPU the products are formed transposed: oneDNN then reads the weights where
+    they are, while as right operands it would repack them in every call. There the erf form of
+    the GELU also stands in for the tanh form: they differ by less than 5e-4, which is lost in
+    bfloat16's rounding, and the tanh kernel takes five times as long.
+    """
+    w1, b1, w2, b2 = weights
+    if columns_are_faster(x_ND):
+        hidden_FN = torch.addmm(b1[:, None], w1, x_ND.t())
+        return out_ND.copy_(torch.addmm(b2[:, None], w2, F.gelu(hidden_FN)).t())
+    active_NF = F.gelu(torch.addmm(b1, x_ND, w1.t()), approximate=form)
+    return torch.addmm(b2, active_NF, w2.t(), out=out_ND)
+
+
+def columns_are_faster(x: Tensor) -> bool:
+    """Whether oneDNN multiplies these: low precision on a CPU."""
+    return x.is_cpu and x.dtype == torch.bfloat16
+
+
+def transposed(x: Tensor, block: int = 64) -> Tensor:
+    """The transpose, as a left operand; written out in blocks where oneDNN would gather it."""
+    if not columns_are_faster(x):
+        return x.t()
+    out = x.new_empty(x.shape[1], x.shape[0])
+    for i in range(0, len(x), block):
+        out[:, i : i + block] = x[i : i + block].t()
+    return out
