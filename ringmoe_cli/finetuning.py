@@ -198,6 +198,7 @@ def provenance(request: FinetuneRequest) -> dict[str, Any]:
         "labels": str(data.labels) if data.labels else None,
         "validation": str(data.validation) if data.validation else None,
         "modalities": list(data.modalities),
+        "shots": [data.shots, data.draw],
         "init": str(request.init) if request.init else None,
         "recipe": plain(settings(request.recipe)),
     }

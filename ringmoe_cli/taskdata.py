@@ -15,6 +15,7 @@ from ringmoe_cli.scene.labelcode import ClassList, LabelCode, class_list
 from ringmoe_cli.scene.splits import (
     ENOUGH_IMAGES,
     Split,
+    few,
     split_by_block,
     split_by_image,
     windows_of,
@@ -95,6 +96,10 @@ class DataRequest:
     """Class names, or a file that lists them."""
     rotated: bool = False
     """Boxes keep their angle."""
+    shots: int = 0
+    """Training windows per class; 0: all."""
+    draw: int = 0
+    """Which draw of the shots."""
     benchmark: str | None = None
     """Name of a published data set whose folders are read as downloaded."""
 
@@ -128,14 +133,17 @@ def open_task_data(request: DataRequest) -> TaskData:
     found = find_items(request)
     split = divide(found, request)
     training = [found.items[i] for i in found.numbers("", "train")]
+    chosen = split.training
+    if request.shots:
+        chosen = few(chosen, request.shots, request.draw)
     return TaskData(
-        training=split.training,
+        training=chosen,
         held_out=split.held_out,
         measure=lambda: found.measure(training),
         classes=found.classes.names,
         colours=found.classes.colours,
         unit=found.unit,
-        value_range=value_range(split.training) if request.task == "depth" else (0.0, 1.0),
+        value_range=value_range(chosen) if request.task == "depth" else (0.0, 1.0),
     )
 
 

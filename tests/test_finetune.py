@@ -245,3 +245,83 @@ def test_a_store_without_pixels_of_the_classes_says_so(scene, tmp_path):
     assert run("tile", scene["ms"], "-o", bare).exit_code == 0
     result = finetune(bare, tmp_path / "run", "--labels", empty, "--classes", "a,b")
     assert "label" in line(result)
+
+
+def test_few_shot_episodes_draw_anew_and_say_how_sure_they_are(store, tmp_path):
+    arguments = ("--modality", "ms", "--shots", 2, "--episodes", 3, "--json")
+    result = finetune(store, tmp_path / "run", *arguments, steps=2)
+    assert result.exit_code == 0, result.output
+    said = json.loads(result.stdout)["scores"]
+    each = said["miou_per_episode"]
+    assert len(each) == 3
+    assert len(set(each)) > 1
+    assert said["miou"] == pytest.approx(np.mean(each))
+    margin = 4.303 * np.std(each, ddof=1) / np.sqrt(3)
+    assert said["miou_margin95"] == pytest.approx(margin)
+    again = finetune(store, tmp_path / "run", *arguments, steps=2)  # finished: read, not repeated
+    assert json.loads(again.stdout)["scores"] == said
+    too_many = finetune(store, tmp_path / "more", "--modality", "ms", "--shots", 500, steps=1)
+    assert "labelled windows, not 500" in line(too_many)
+
+
+def test_shots_are_windows_of_every_class():
+    from ringmoe_cli.scene.examples import LabelledWindows, Place
+    from ringmoe_cli.scene.grid import Grid, Window
+    from ringmoe_cli.scene.splits import few
+
+    class Chip:
+        name, grid = "chip", Grid(8, 8)
+
+        def __init__(self, label):
+            self.said = label
+
+        def label(self, window):
+            return self.said
+
+    items = [Chip(i % 4) for i in range(40)]
+    places = [Place(i, Window(0, 0, 8, 8)) for i in range(40)]
+    windows = LabelledWindows(items, places, 8)
+    for draw in range(3):
+        drawn = few(windows, 3, draw)
+        counts = np.bincount([items[p.item].said for p in drawn.places])
+        assert counts.tolist() == [3, 3, 3, 3]
+    assert few(windows, 3, 0).places != few(windows, 3, 1).places
+
+
+def test_layers_near_the_input_learn_slower(store, pretrained, tmp_path):
+    for decay, name in ((1.0, "even"), (0.1, "steep")):
+        result = finetune(
+            store, tmp_path / name, "--modality", "ms", "--init", pretrained,
+            "--set", f"task.layer_decay={decay}", "--set", "train.lr=1e-2", sizes=(), steps=3,
+        )  # fmt: skip
+        assert result.exit_code == 0, result.output
+    parent = RingMoE(read_config(pretrained).model.with_modalities(("ms",)))
+    load_module(pretrained, parent, "encoder.")
+    key = "patch_embeds.ms.projection.weight"
+    moved = {
+        name: load_task_network(tmp_path / name)[0].encoder.state_dict()[key]
+        .sub(parent.state_dict()[key]).abs().mean()
+        for name in ("even", "steep")
+    }  # fmt: skip
+    assert moved["steep"] < 0.01 * moved["even"]
+
+
+def test_an_encoder_is_probed_by_its_neighbours(store, pretrained, tmp_path):
+    result = run(
+        "evaluate", store, "--model", pretrained, "--knn", 3, "--task", "segmentation",
+        "--across", "ms,opt", "--json",
+    )  # fmt: skip
+    assert result.exit_code == 0, result.output
+    scores = json.loads(result.stdout)["scores"]
+    assert 0 <= scores["accuracy"] <= 1
+    assert sum(scores["support_per_class"]) > 0
+
+
+def test_votes_count_by_likeness():
+    from ringmoe_cli.probe import vote
+
+    likeness = torch.tensor([[0.9, 0.2, 0.8, 0.1], [0.1, 0.95, 0.0, 0.9]])
+    votes = vote(likeness, torch.tensor([2, 0, 2, 1]), 2, 3)
+    assert votes.argmax(1).tolist() == [2, 0]
+    weights = torch.exp(torch.tensor([0.95, 0.9]) / 0.07)
+    torch.testing.assert_close(votes[1, :2], weights)

@@ -29,6 +29,16 @@ def evaluate(
     ] = None,
     modality: ModalityName = None,
     bands: Bands = None,
+    knn: Annotated[
+        int | None,
+        typer.Option(min=1, help="No head: let so many nearest training windows vote."),
+    ] = None,
+    task: Annotated[str, typer.Option(help="Of --knn: classification or segmentation.")] = (
+        "classification"
+    ),
+    across: Annotated[
+        str | None, typer.Option(help="Of --knn: remember one modality, ask another: ms,sar-l2.")
+    ] = None,
     batch: Annotated[int, typer.Option(min=1, help="Windows per batch.")] = 16,
     worst: Annotated[int, typer.Option(min=0, help="Pictures of the worst windows.")] = 6,
     device: Device = "auto",
@@ -41,7 +51,10 @@ def evaluate(
         ringmoe evaluate tiles.zarr --model runs/seg
         ringmoe evaluate LoveDA --benchmark loveda --split val --model runs/seg --json
         ringmoe evaluate scene_segmentation.tif --labels reference.gpkg
+        ringmoe evaluate EuroSAT --model runs/pre --knn 20
     """
+    from dataclasses import replace
+
     from ringmoe_cli.evaluation import EvaluateRequest
     from ringmoe_cli.evaluation import evaluate as run
     from ringmoe_cli.machine import chosen_device
@@ -65,6 +78,16 @@ def evaluate(
         modalities=tuple(modality.split(",")) if modality else (),
         bands=tuple(bands.split(",")) if bands else None,
     )  # fmt: skip
+    if knn:
+        from ringmoe_cli.probe import knn_probe
+
+        pair = tuple(across.split(",")) if across else ()
+        if pair and len(pair) != 2:
+            raise typer.BadParameter(f"--across {across}: say two modalities, ms,sar-l2")
+        both = (pair[0], pair[1]) if pair else None
+        found = knn_probe(replace(wanted, task=task), model, knn, chosen_device(device), both)
+        report(found, model, as_json)
+        return
     folder = output or model / "evaluation"
     request = EvaluateRequest(wanted, model, folder, split, chosen_device(device), batch, worst)
     report(run(request), folder, as_json)

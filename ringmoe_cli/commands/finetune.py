@@ -40,6 +40,13 @@ def finetune(
     peft: Annotated[
         str | None, typer.Option(help="convpass: train narrow bypasses, not the encoder.")
     ] = None,
+    shots: Annotated[
+        int | None, typer.Option(min=1, help="Few-shot: so many labelled windows per class.")
+    ] = None,
+    episodes: Annotated[int, typer.Option(min=1, help="Draws of the --shots.")] = 5,
+    benchmark: Annotated[
+        str | None, typer.Option(help="Read a published data set as downloaded, e.g. loveda.")
+    ] = None,
     changes: Set = None,
     device: Device = "auto",
     overwrite: Overwrite = False,
@@ -56,6 +63,7 @@ def finetune(
         raise typer.BadParameter(f"--peft {peft}: say convpass")
     if task not in TASKS:
         raise typer.BadParameter(f"--task {task}: say {', '.join(TASKS)}")
+    from ringmoe_cli.fewshot import few_shot
     from ringmoe_cli.finetuning import FinetuneRequest, finetune
     from ringmoe_cli.machine import chosen_device
     from ringmoe_cli.recipe import load_finetune_recipe
@@ -77,8 +85,8 @@ def finetune(
         bands=tuple(bands.split(",")) if bands else None,
         labels=labels,
         classes=classes,
+        benchmark=benchmark,
     )
-    scores = finetune(
-        FinetuneRequest(wanted, output, chosen, init, chosen_device(device), overwrite)
-    )
+    request = FinetuneRequest(wanted, output, chosen, init, chosen_device(device), overwrite)
+    scores = few_shot(request, shots, episodes) if shots else finetune(request)
     report(scores, output, as_json)

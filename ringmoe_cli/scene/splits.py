@@ -11,6 +11,7 @@ from numpy.typing import NDArray
 from ringmoe_cli.errors import LabelError
 from ringmoe_cli.scene.examples import Labelled, LabelledWindows, Place
 from ringmoe_cli.scene.grid import Window
+from ringmoe_cli.scene.labelcode import IGNORE
 
 ENOUGH_IMAGES = 5
 """From so many images on, whole images are held out instead of blocks of them."""
@@ -128,3 +129,42 @@ def draw_blocks(item: Labelled, size: int, share: float, seed: int) -> list[Wind
     rng = np.random.default_rng((seed, zlib.crc32(item.name.encode())))
     order = rng.permutation(len(blocks))
     return [blocks[i] for i in order[: max(1, round(share * len(blocks)))]]
+
+
+def few(windows: LabelledWindows, shots: int, draw: int) -> LabelledWindows:
+    """Some of the training windows: so many per class, or so many in all where there is none.
+
+    Args:
+        windows: all training windows.
+        shots: windows per class; one that holds several classes counts for each.
+        draw: number of the draw.
+
+    Raises:
+        LabelError: if a class has fewer windows.
+    """
+    order = np.random.default_rng((draw, shots)).permutation(len(windows.places))
+    held: dict[int, list[int]] = {}
+    chosen: set[int] = set()
+    for number in order.tolist():
+        classes = classes_in(windows, windows.places[number])
+        if any(len(held.get(c, [])) < shots for c in classes):
+            chosen.add(number)
+            for c in classes:
+                held.setdefault(c, []).append(number)
+    scarce = [c for c, members in held.items() if len(members) < shots]
+    if scarce:
+        raise LabelError(
+            f"class {scarce[0]} has only {len(held[scarce[0]])} labelled windows, not {shots}"
+        )
+    places = [windows.places[n] for n in sorted(chosen)]
+    return LabelledWindows(windows.items, places, windows.size, kept_out=windows.kept_out)
+
+
+def classes_in(windows: LabelledWindows, place: Place) -> list[int]:
+    """Class indices that a window holds; 0 for values."""
+    label = windows.items[place.item].label(place.window)
+    if isinstance(label, int):
+        return [label]
+    if label.dtype.kind == "f":
+        return [0]
+    return [int(c) for c in np.unique(label) if c != IGNORE]
