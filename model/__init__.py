@@ -1,9 +1,7 @@
 """The network: pixels and tensors, no files but checkpoints.
 
-    from model import ModelConfig, RingMoE
-
-    net = RingMoE(ModelConfig.preset("nano"))
-    features = net({"opt": x, "ms": y})   # per modality, four (B, C, H, W) maps
+`RingMoE(ModelConfig.preset("nano"))` is an encoder; called with `{"opt": x, "ms": y}`, images
+(B, C, H, W) per modality, it gives four maps (B, C, H, W) per modality.
 """
 
 from typing import TYPE_CHECKING, Any
