@@ -18,11 +18,11 @@ SUFFIXES = {
 """What counts as an image."""
 
 SPLITS: Mapping[str, tuple[str, ...]] = {
-    "train": ("train", "Train", "training", "Train/Train"),
-    "val": ("val", "Val", "valid", "validation", "Val/Val"),
+    "train": ("Train/Train", "train", "Train", "training"),
+    "val": ("Val/Val", "val", "Val", "valid", "validation"),
     "test": ("test", "Test", "testing"),
 }
-"""Folder names that mean a split."""
+"""Folder names that mean a split; the first that exists."""
 
 ANY = ""
 """Modality of images that say nothing about theirs: the user's `--modality`, or the file's own."""
