@@ -29,14 +29,14 @@ RIDGE = 1e-3
 class FitSettings:
     """How long and how fast."""
 
-    passes: int = 20
-    """Over the calibration tokens."""
+    steps: int = 600
+    """Of gradient descent, per layer."""
     batch: int = 2048
-    """Tokens of a step (fewer where there are fewer than 16 batches)."""
-    rate: float = 0.03
-    """Largest step of Adam, over the spread of each matrix."""
-    between: float = 0.5
-    """Share of a batch that lies between two real tokens."""
+    """Tokens of a step; never more than a quarter of the tokens."""
+    rate: float = 0.02
+    """Largest step of Adam, over the spread of each matrix; it falls to 0 as a cosine."""
+    between: float = 0.3
+    """Weight of tokens between two real ones, where the parent is asked anew."""
     seed: int = 0
     """Of the order of tokens."""
 
@@ -140,11 +140,10 @@ def descend(
     rates = [settings.rate * scales[i // 2] for i in range(4)]
     groups = [{"params": [p], "lr": r} for p, r in zip(parameters, rates, strict=True)]
     optimiser = torch.optim.Adam(groups, betas=(0.9, 0.99))
-    order = list(batches(tokens, settings))
     generator = torch.Generator().manual_seed(settings.seed)
-    for i, rows in enumerate(order):
+    for i, rows in enumerate(batches(tokens, settings)):
         for group, rate in zip(optimiser.param_groups, rates, strict=True):
-            group["lr"] = rate * (1 + cos(pi * i / len(order))) / 2
+            group["lr"] = rate * (1 + cos(pi * i / settings.steps)) / 2
         real = {name: tokens[name][own] for name, own in rows.items()}
         place = places(rows, tokens)
         found = task.output(parameters, real, None if beside is None else beside[place])
@@ -162,15 +161,18 @@ def descend(
 
 
 def batches(tokens: Tokens, settings: FitSettings) -> Iterator[dict[str, Tensor]]:
-    """Rows of each modality for every step; a batch holds all modalities in their shares."""
+    """Rows of each modality for every step: shuffled passes, all modalities in their shares."""
     total = sum(len(t) for t in tokens.values())
-    steps = max(16, total // settings.batch)
+    share = min(settings.batch / total, 0.25)
+    sizes = {m: max(1, round(share * len(t))) for m, t in tokens.items()}
     generator = torch.Generator().manual_seed(settings.seed)
-    for _ in range(settings.passes):
-        shuffled = {m: torch.randperm(len(t), generator=generator) for m, t in tokens.items()}
-        parts = {m: rows.tensor_split(steps) for m, rows in shuffled.items()}
-        for step in range(steps):
-            yield {m: part[step] for m, part in parts.items()}
+    left: dict[str, Tensor] = {m: torch.empty(0, dtype=torch.long) for m in tokens}
+    for _ in range(settings.steps):
+        for name, size in sizes.items():
+            if len(left[name]) < size:
+                left[name] = torch.randperm(len(tokens[name]), generator=generator)
+        yield {m: left[m][:size] for m, size in sizes.items()}
+        left = {m: left[m][size:] for m, size in sizes.items()}
 
 
 def places(rows: Mapping[str, Tensor], tokens: Tokens) -> Tensor:
