@@ -69,6 +69,8 @@ class Mapper:
             for reader in date.values():
                 reader.close()  # type: ignore[attr-defined]
         said = summary(path, source, self.task, report)
+        if self.task.name == "change":
+            said |= changed_regions(outputs["classes"], self.task)
         warn_about(path, report, said)
         return said
 
@@ -79,6 +81,14 @@ class Mapper:
         first, *others = product.layers
         more = {x.name: main.with_name(f"{main.stem}_{x.name}{main.suffix}") for x in others}
         return {first.name: main, **more}
+
+
+def changed_regions(class_map: Path, task: TaskConfig) -> dict[str, Any]:
+    """The changed regions of a finished change map, as polygons beside it."""
+    from ringmoe_cli.scene.vectors import write_regions
+
+    regions = class_map.with_suffix(".geojson")
+    return {"regions": str(regions), "changed": write_regions(regions, class_map, task.classes)}
 
 
 def warn_about(path: str, report: Report, said: dict[str, Any]) -> None:

@@ -2,7 +2,7 @@
 
 import time
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -16,21 +16,98 @@ from model.config import TaskConfig
 from model.tasks.network import TaskNetwork
 from ringmoe_cli import console
 from ringmoe_cli.answers import Settings, lattice_of, sent
-from ringmoe_cli.objects import boxes_of_clip, boxes_of_scene
+from ringmoe_cli.maps import Mapper, check_free, output_path
+from ringmoe_cli.objects import OVERLAP, boxes_of_clip, boxes_of_scene
+from ringmoe_cli.opening import SURE, Opener
 from ringmoe_cli.scene.grid import Window
 from ringmoe_cli.scene.strips import Normalised, SkipBad, window_batches
 from ringmoe_cli.scene.vectors import (
+    check_format,
     write_boxes,
     write_mot,
-    write_regions,
     write_tiles,
     write_tracks,
 )
 
+Work = Callable[[str], dict[str, Any]]
 SUFFIX = {"detection": ".geojson", "tracking": ".txt", "classification": ".geojson"}
 """Task -> suffix of its output, unless the user says another."""
-SURE = 0.3
-"""Confidence from which a box is written, unless the user says another."""
+
+
+def work_of(mapper: Mapper) -> Work:
+    """What a model does with a scene: a map, or for its task boxes or classes of tiles."""
+    if mapper.task.name in ("detection", "classification"):
+        return lambda path: list_scene(mapper, path)
+    return mapper.map_scene
+
+
+def list_scene(mapper: Mapper, path: str) -> dict[str, Any]:
+    """Write the boxes, or the classes of the tiles, of one scene.
+
+    Raises:
+        RingmoeError: if the scene cannot be read or the output not be written.
+    """
+    opener = Opener(mapper.config, mapper.task.modalities, mapper.wish)
+    source = opener.open(path)
+    output = free_output(mapper, path, source)
+    fitted = opener.at_model_resolution(source, path)
+    network = mapper.network
+    assert isinstance(network, TaskNetwork)
+    try:
+        if mapper.task.name == "classification":
+            done = write_scene_tiles(network, source, fitted, output, mapper.settings)
+        else:
+            settings = with_overlap(mapper.settings)
+            done = write_objects(
+                network, source, fitted, output, settings,
+                sure=mapper.wish.sure, skip_bad=mapper.wish.skip_bad,
+            )  # fmt: skip
+    finally:
+        close(source)
+    return {"scene": path, **done}
+
+
+def list_clip(mapper: Mapper, paths: Sequence[str]) -> dict[str, Any]:
+    """Write the tracks through the frames of one clip, given in order.
+
+    Raises:
+        RingmoeError: if a frame cannot be read, or they differ in size.
+    """
+    opener = Opener(mapper.config, mapper.task.modalities, mapper.wish)
+    frames = [opener.open(p) for p in paths]
+    output = free_output(mapper, paths[0], frames[0])
+    check_free({"lines": output.with_suffix(".geojson")}, mapper.wish.overwrite)
+    network = mapper.network
+    assert isinstance(network, TaskNetwork)
+    try:
+        done = write_clip(network, frames, output, with_overlap(mapper.settings))
+    finally:
+        for frame in frames:
+            close(frame)
+    return {"scene": paths[0], **done}
+
+
+def free_output(mapper: Mapper, path: str, source: Normalised) -> Path:
+    """Where the result of a scene goes; nothing is in its way."""
+    name = next(iter(source.dates[-1].values())).scene.name
+    task, wish = mapper.task.name, mapper.wish
+    output = output_path(path, name, task, wish.output, SUFFIX[task])
+    if task != "tracking":
+        check_format(output)
+    check_free({task: output}, wish.overwrite)
+    return output
+
+
+def with_overlap(settings: Settings) -> Settings:
+    """The same settings with at least the overlap that objects need."""
+    return replace(settings, overlap=max(settings.overlap, round(OVERLAP * settings.window)))
+
+
+def close(source: Normalised) -> None:
+    """Close the files of a scene."""
+    for date in source.dates:
+        for reader in date.values():
+            reader.close()  # type: ignore[attr-defined]
 
 
 def write_objects(
@@ -149,9 +226,3 @@ def write_scene_tiles(
         "tiles": {name: found[k] for k, name in enumerate(classes)},
         "seconds": round(time.perf_counter() - start, 3),
     }
-
-
-def write_changes(class_map: Path, task: TaskConfig) -> dict[str, Any]:
-    """The changed regions of a finished change map as polygons beside it."""
-    regions = class_map.with_suffix(".geojson")
-    return {"regions": str(regions), "changed": write_regions(regions, class_map, task.classes)}

@@ -14,6 +14,9 @@ from ringmoe_cli.scene.sensors import open_scene
 from ringmoe_cli.scene.strips import Normalised
 from ringmoe_cli.summary import identity_of
 
+SURE = 0.3
+"""Confidence from which a box is written, unless the user says another."""
+
 
 @dataclass(frozen=True)
 class Wish:
@@ -45,6 +48,8 @@ class Wish:
     """Co-registered scenes of other modalities, for fused models."""
     before: str | None = None
     """The earlier date, for change models."""
+    sure: float = SURE
+    """Least confidence of a box that is written."""
 
 
 @dataclass(frozen=True)

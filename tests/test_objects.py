@@ -99,9 +99,8 @@ def test_wherever_the_objects_lie(shift):
 
 
 def test_scenes_smaller_than_a_window_and_without_objects():
-    (found,) = objects.boxes_of_scene(
-        Finder(), scene(drawn(size=(28, 40))), objects.settings_of(64)
-    )
+    small, settings = scene(drawn(size=(28, 40))), objects.settings_of(64)
+    (found,) = objects.boxes_of_scene(Finder(), small, settings)
     assert found.corners().tolist() == [[3, 5, 30, 25]]
     (none,) = objects.boxes_of_scene(Finder(), scene(np.zeros((90, 90))), settings)
     assert len(none) == 0

@@ -151,7 +151,7 @@ def test_regions_of_a_class_map(tmp_path):
 
 
 def test_other_suffixes_are_refused(tmp_path):
-    with pytest.raises(RingmoeError, match=r"say \.parquet"):
+    with pytest.raises(RingmoeError, match=r"vector results are \.parquet"):
         vectors.write_boxes(tmp_path / "b.shp", BOXES, GRID, NAMES)
 
 

@@ -67,6 +67,9 @@ def predict(
     co: Annotated[
         list[str] | None, typer.Option("--co", help="Creation option of the COG: NAME=VALUE.")
     ] = None,
+    score: Annotated[
+        float, typer.Option(min=0, max=1, help="Least confidence of a box (detection models).")
+    ] = 0.3,
     device: Device = "auto",
     allow_remote: AllowRemote = False,
     as_json: Json = False,
@@ -74,9 +77,15 @@ def predict(
 ) -> None:
     """Map scenes with a fine-tuned model: `<scene>_<task>.tif` beside each scene.
 
+    Detection gives boxes as polygons, classification the class of every tile (.geojson, .parquet or
+    .gpkg), change also its regions; tracking takes the frames of a clip in order and gives MOT text
+    and lines.
+
     Examples:
         ringmoe predict scene.tif --model runs/seg
         ls *.tif | ringmoe predict - --model runs/seg --json
+        ringmoe predict scene.tif --model runs/det -o boxes.parquet
+        ringmoe predict frames/*.png --model runs/track -o tracks.txt
         RINGMOE_MODEL=runs/seg ringmoe predict scene.tif -o maps/ --probabilities
     """
     if model is None:
@@ -86,7 +95,7 @@ def predict(
     if tta not in ("none", "flips"):
         raise typer.BadParameter(f"--tta {tta}: say flips or none")
     console.State.quiet = quiet
-    from ringmoe_cli import maps
+    from ringmoe_cli import maps, object_maps
     from ringmoe_cli.opening import Wish
     from ringmoe_cli.scene.writer import parse_options
 
@@ -95,8 +104,12 @@ def predict(
         options=parse_options(co or []), modality=modality,
         bands=tuple(bands.split(",")) if bands else None, scale=scale,
         allow_remote=allow_remote, skip_bad=skip_bad, beside=tuple(beside or ()), before=before,
-        gsd=gsd, no_resample=no_resample,
+        gsd=gsd, no_resample=no_resample, sure=score,
     )  # fmt: skip
     mapper = maps.load_mapper(Path(model), wish, device, window, overlap, batch, tta == "flips")
-    if maps.work_through(mapper.map_scene, list(maps.scene_list(scenes)), output, as_json):
+    paths = list(maps.scene_list(scenes))
+    if mapper.task.name == "tracking":
+        done = object_maps.list_clip(mapper, paths)
+        console.result(done if as_json else done["output"])
+    elif maps.work_through(object_maps.work_of(mapper), paths, output, as_json):
         raise typer.Exit(1)

@@ -217,9 +217,8 @@ def save(
     """Write a table of geometries; the file appears when it is whole."""
     import geopandas
 
+    check_format(path)
     suffix = path.suffix.lower()
-    if suffix not in FORMATS:
-        raise RingmoeError(f"{path}: say {', '.join(FORMATS)}")
     table = geopandas.GeoDataFrame(dict(fields), geometry=list(geometries), crs=grid.crs)
     with whole(path) as part:
         if suffix == ".parquet":
@@ -232,6 +231,16 @@ def save(
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", "'crs' was not provided", UserWarning)
             table.to_file(part, engine="pyogrio", **options)
+
+
+def check_format(path: Path) -> None:
+    """Refuse a suffix that cannot be written.
+
+    Raises:
+        RingmoeError: naming those that can.
+    """
+    if path.suffix.lower() not in FORMATS:
+        raise RingmoeError(f"-o {path}: vector results are {', '.join(FORMATS)}")
 
 
 @contextmanager

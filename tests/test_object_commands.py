@@ -1,0 +1,124 @@
+"""Detection and tracking from the shell: finetune, evaluate, predict."""
+
+import json
+
+import geopandas
+import numpy as np
+import pytest
+from PIL import Image
+from typer.testing import CliRunner
+
+from ringmoe_cli.app import app
+from ringmoe_cli.errors import OutputExistsError, RingmoeError
+from ringmoe_cli.recipe import load_finetune_recipe
+
+SMALL = [
+    "--set", "model={preset: nano, embed_dim: 8, depths: [1, 1, 1, 1], num_heads: [1, 1, 1, 1]}",
+    "--set", "task.channels=16", "--set", "task.window=64", "--set", "train.batch_size=2",
+    "--steps", "2", "--quiet", "--modality", "opt",
+]  # fmt: skip
+
+
+def ringmoe(*words):
+    result = CliRunner().invoke(app, [str(w) for w in words])
+    if result.exception and not isinstance(result.exception, SystemExit):
+        raise result.exception
+    return result
+
+
+def said(*words):
+    result = ringmoe(*words, "--json")
+    assert result.exit_code == 0, result.output
+    return json.loads(result.stdout.strip().splitlines()[-1])
+
+
+def image(path, box, size=96):
+    pixels = np.random.default_rng(0).integers(0, 60, (size, size, 3)).astype(np.uint8)
+    x0, y0, x1, y1 = box
+    pixels[y0:y1, x0:x1] = 220
+    path.parent.mkdir(parents=True, exist_ok=True)
+    Image.fromarray(pixels).save(path)
+
+
+@pytest.fixture(scope="module")
+def still(tmp_path_factory):
+    """A YOLO folder and a model that has seen it."""
+    folder = tmp_path_factory.mktemp("yolo")
+    for n in range(6):
+        image(folder / "images" / f"{n}.png", (10 + 5 * n, 20, 40 + 5 * n, 36))
+        (folder / "labels").mkdir(exist_ok=True)
+        row = f"0 {(25 + 5 * n) / 96} {28 / 96} {30 / 96} {16 / 96}\n"
+        (folder / "labels" / f"{n}.txt").write_text(row)
+    run = folder.parent / "det"
+    scores = said("finetune", folder, "--task", "detection", "-o", run, "--classes", "bar", *SMALL)
+    return folder, run, scores["scores"]
+
+
+def test_a_detector_learns_and_is_scored(still, tmp_path):
+    folder, run, scores = still
+    assert {"map", "map50", "ap_per_class"} <= set(scores)
+    found = said("evaluate", folder, "--model", run, "-o", tmp_path, "--modality", "opt")["scores"]
+    assert found["split"] == "held-out"
+    assert found["support_per_class"] == [1]
+    assert (tmp_path / "evaluation.csv").is_file()
+    everything = said(
+        "evaluate", folder, "--model", run, "-o", tmp_path, "--modality", "opt", "--split", "all"
+    )
+    assert everything["scores"]["support_per_class"] == [6]
+
+
+@pytest.mark.parametrize("suffix", [".parquet", ".gpkg", ".geojson"])
+def test_boxes_of_a_scene(still, tmp_path, suffix):
+    folder, run, _ = still
+    output = tmp_path / f"boxes{suffix}"
+    done = said("predict", folder / "images" / "0.png", "-m", run, "-o", output, "--score", 0)
+    table = geopandas.read_parquet(output) if suffix == ".parquet" else geopandas.read_file(output)
+    assert done["objects"] == {"bar": len(table)}
+    assert done["output"] == str(output)
+    with pytest.raises(OutputExistsError):
+        ringmoe("predict", folder / "images" / "0.png", "-m", run, "-o", output)
+
+
+def test_boxes_beside_the_scenes(still):
+    folder, run, _ = still
+    scenes = [folder / "images" / f"{n}.png" for n in (1, 2)]
+    result = ringmoe("predict", *scenes, "-m", run, "--quiet")
+    assert result.stdout.split() == [
+        str(folder / "images" / f"{n}_detection.geojson") for n in (1, 2)
+    ]
+
+
+def test_a_format_that_cannot_be_written(still, tmp_path):
+    folder, run, _ = still
+    with pytest.raises(RingmoeError, match="vector results are"):
+        ringmoe("predict", folder / "images" / "0.png", "-m", run, "-o", tmp_path / "a.shp")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_clips(tmp_path):
+    for clip in ("a", "b"):
+        rows = []
+        for t in range(1, 5):
+            image(
+                tmp_path / "mot" / clip / "img1" / f"{t:06d}.png", (5 + 6 * t, 30, 25 + 6 * t, 42)
+            )
+            rows.append(f"{t},3,{left},30,20,12,1,1,1")
+        (tmp_path / "mot" / clip / "gt").mkdir()
+        (tmp_path / "mot" / clip / "gt" / "gt.txt").write_text("\n".join(rows))
+    run = tmp_path / "run"
+    data = tmp_path / "mot"
+    learned = said("finetune", data, "--task", "tracking", "-o", run, "--classes", "bar", *SMALL)
+    assert {"hota", "mota", "idf1", "map50"} <= set(learned["scores"])
+    scores = said("evaluate", data, "-m", run, "-o", tmp_path / "e", "--modality", "opt")["scores"]
+    assert scores["labels"] == 4
+    frames = sorted((tmp_path / "mot" / "a" / "img1").glob("*.png"))
+    done = said("predict", *frames, "-m", run, "-o", tmp_path / "t.txt")
+    assert done["frames"] == 4
+    assert (tmp_path / "t.txt").is_file()
+    assert (tmp_path / "t.geojson").is_file()
+
+
+@pytest.mark.parametrize("task", ["detection", "tracking"])
+def test_recipes(task):
+    recipe = load_finetune_recipe(f"finetune-{task}")
+    assert recipe.task.name == task
