@@ -124,9 +124,9 @@ class MaskedImageModel(nn.Module):
         return dict(zip(self.config.modalities, self.total(here), strict=True))
 
     def decode(self, modality: str, features: Tensor, size: tuple[int, int]) -> Tensor:
-        """Last stage (B, D, h, w) -> (B, c, H, W), cropped to the image."""
+        """Last stage (B, D, h, w) -> (B, c, H, W), cropped to the image; no view, as FSDP wants."""
         pixels = depth_to_space(self.decoders[modality](features), self.stride)
-        return pixels[..., : size[0], : size[1]].float()
+        return pixels[..., : size[0], : size[1]].float().clone()
 
     def target(self, batch: Batch, modality: str, mask: Tensor) -> tuple[Tensor, Tensor]:
         """What to predict, (B, c, H, W), and where it counts: M, (B, 1 or c, H, W) of 0 and 1.

@@ -9,14 +9,17 @@ import time
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal, Protocol
 
 import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
+from torch.utils.checkpoint import checkpoint
 
 from model.batch import Batch
+from model.encoder import Block
 from model.journal import Journal
 from model.optim import adamw, learning_rate
 from model.state import TrainingState
@@ -60,8 +63,6 @@ class TrainConfig:
     """Leave out an update whose loss or gradient is not finite instead of stopping."""
     recompute: bool = False
     """Forget the blocks' activations and compute them again for the gradient: less memory."""
-    compile: bool = False
-    """Compile the blocks (torch.compile): 20-60 s at the start, a few per cent a step."""
 
     def __post_init__(self) -> None:
         for name in ("steps", "batch_size", "save_every", "keep_last", "accumulate", "log_every"):
@@ -317,3 +318,13 @@ def save(
             f"step {step} could not be saved: {failure}; "
             f"step {state.latest()} is kept, run the same command to go on from there"
         ) from failure
+
+
+def recompute_blocks(network: nn.Module) -> None:
+    """Make every block forget its activations and compute them again for the gradient.
+
+    Memory for activations falls to one block's plus every block's input; a step costs about a
+    third more.
+    """
+    for block in [m for m in network.modules() if isinstance(m, Block)]:
+        block.forward = partial(checkpoint, block.forward, use_reentrant=False)  # type: ignore[method-assign]

@@ -2,7 +2,7 @@
 
 import json
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -10,19 +10,34 @@ from typing import Any
 import torch
 
 from model.batch import Batch
-from model.checkpoint import CheckpointConfig, disk_tensors, save_checkpoint
+from model.checkpoint import CheckpointConfig, disk_names, disk_tensors, save_checkpoint
 from model.config import ModelConfig
 from model.normalisation import Normalisation
+from model.parallel import (
+    Ranks,
+    clip_grad_norm,
+    distribute,
+    join,
+    leave,
+    ranks,
+    total,
+    whole_tensors,
+)
 from model.physics import local_looks, log_floor, span
 from model.pretrain import MaskedImageModel, with_masks
-from model.train import StepReport, train
+from model.state import TrainingState
+from model.train import ALONE, Crew, StepReport, recompute_blocks, train
 from ringmoe_cli import console
-from ringmoe_cli.errors import StoreError
+from ringmoe_cli.errors import RecipeError, RingmoeError, StoreError
+from ringmoe_cli.ranks import launched, meet_on_slurm
 from ringmoe_cli.recipe import PretrainRecipe, settings
 from ringmoe_cli.runs import claim_run, stop_requests
 from ringmoe_cli.scene.loader import pretraining_batches, store_normalisation
 from ringmoe_cli.scene.tiles import Store, open_store
+from ringmoe_cli.watching import RoutingLog, Watch
 
+SIMULATED = "simulated"
+"""Folder in the run folder for the scene that stands in for missing stores."""
 SIMULATED_SIZE = 768
 """Side in pixels of the simulated scene that stands in for missing stores."""
 SIMULATED_SEED = 1
@@ -49,6 +64,8 @@ class PretrainRequest:
     """Reading processes; 0 reads in a thread."""
     as_json: bool = False
     """Log steps go to stdout."""
+    tensorboard: bool = False
+    """Also write TensorBoard's files."""
 
 
 @dataclass(frozen=True)
@@ -69,51 +86,116 @@ class PretrainData:
 
 
 def pretrain(request: PretrainRequest) -> dict[str, Any]:
-    """Train, or go on training, and save.
+    """Train, or go on training, and save; on all processes if there are several.
 
     Returns:
-        Run folder, step, loss and SAR-L1 floor.
+        Run folder, step, losses and SAR-L1 floor.
 
     Raises:
         KeyboardInterrupt: after saving, if a signal asked to stop.
         StoreError: if the stores have nothing to train on.
         OutputExistsError: if a finished run is in the way.
+        RingmoeError: if another process ended.
     """
+    meet_on_slurm()
+    who = ranks() if launched() else Ranks()
+    if request.recipe.train.batch_size // request.recipe.train.accumulate < who.world:
+        raise RecipeError(f"train.batch_size is too small for {who.world} processes")
+    if request.device == "cuda" and who.world > 1:
+        request = replace(request, device=f"cuda:{who.local}")
+    join(who, request.device)
+    try:
+        return pretrain_together(request, who)
+    except RuntimeError as failure:
+        if who.world == 1:
+            raise
+        text = str(failure).splitlines()[0]
+        raise RingmoeError(f"process {who.rank} lost the others: {text}") from failure
+    finally:
+        leave()
+
+
+def pretrain_together(request: PretrainRequest, who: Ranks) -> dict[str, Any]:
+    """What every process does."""
     recipe, output = request.recipe, request.output
+    config, steps = recipe.train, recipe.train.steps
     facts = provenance(request)
-    done = claim_run(output, facts, recipe.train.steps, request.overwrite)
-    data = open_data(request.stores or simulated_stores(output / "simulated"), recipe)
-    config = recipe.model_config(data.channels)
-    torch.manual_seed(recipe.train.seed)
-    network = MaskedImageModel(config, recipe.objective, data.normalisation)
+    done = claimed(request, facts, who)
+    data = open_data(request.stores or simulated_stores(output / SIMULATED), recipe)
+    torch.manual_seed(config.seed)
+    model = recipe.model_config(data.channels)
+    network = MaskedImageModel(model, recipe.objective, data.normalisation)
+    routing = RoutingLog(network.encoder, config, output, done, total)
+    if config.recompute:
+        recompute_blocks(network)
     about = CheckpointConfig(
-        model=config,
+        model=model,
         kind="pretraining",
         normalisation=data.normalisation,
         gsd=data.gsd,
         pretraining=recipe.objective,
         provenance=facts,
     )
+    crew = ALONE
+    if who.world > 1:
+        distribute(network, request.device, precision=config.precision)
+        crew = Crew(who.rank == 0, total, clip_grad_norm, (*model.modalities, "balance"))
+    board = output / "tensorboard" if request.tensorboard else None
+    watch = Watch(config, done, as_json=request.as_json, tensorboard=board)
 
-    def publish(step: int) -> None:
-        save_checkpoint(output, about.with_provenance(step=step), disk_tensors(network))
+    def on_step(report: StepReport) -> None:
+        watch.on_step(report)
+        routing.on_step(report)
 
-    steps = recipe.train.steps
-    with stop_requests() as stop, Watch(request, done) as watch:
+    with stop_requests() as stop, watch:
         step = train(
             network,
-            lambda start: masked_batches(data, config, request, start),
-            recipe.train,
+            lambda start: masked_batches(data, model, request, start, who),
+            config,
             output,
-            publish=publish,
-            on_step=watch.on_step,
+            publish=lambda step: publish(output, about.with_provenance(step=step), network, who),
+            on_step=on_step,
             stop=stop,
             device=request.device,
+            crew=crew,
         )
     if step < steps:
         console.say(f"saved after step {step} of {steps}; the same command goes on")
         raise KeyboardInterrupt
     return {"run": str(output), "step": step, **watch.last, **speckle_floor(data, request)}
+
+
+def claimed(request: PretrainRequest, facts: Mapping[str, Any], who: Ranks) -> int:
+    """Let the first process claim the run folder and simulate missing data; updates done.
+
+    The others wait, and leave without a word if it fails.
+    """
+    steps, failure = request.recipe.train.steps, None
+    if who.rank == 0:
+        try:
+            claim_run(request.output, facts, steps, request.overwrite)
+            if not request.stores:
+                simulated_stores(request.output / SIMULATED)
+        except Exception as refusal:
+            failure = refusal
+    failed = total(torch.tensor(float(failure is not None), device=request.device)).item()
+    if failure is not None:
+        raise failure
+    if failed:
+        raise SystemExit(1)
+    return TrainingState(request.output / "state").latest()
+
+
+def publish(output: Path, about: CheckpointConfig, network: MaskedImageModel, who: Ranks) -> None:
+    """Write the checkpoint: the first process writes, all give their parts."""
+    if who.world == 1:
+        save_checkpoint(output, about, disk_tensors(network))
+        return
+    tensors = whole_tensors(network)
+    if who.rank == 0:
+        save_checkpoint(output, about, (d for name, t in tensors for d in disk_names(name, t)))
+    for _ in tensors:
+        pass
 
 
 def provenance(request: PretrainRequest) -> dict[str, Any]:
@@ -148,9 +230,9 @@ def open_data(paths: Sequence[Path], recipe: PretrainRecipe) -> PretrainData:
 
 
 def masked_batches(
-    data: PretrainData, config: ModelConfig, request: PretrainRequest, start: int
+    data: PretrainData, config: ModelConfig, request: PretrainRequest, start: int, who: Ranks
 ) -> Iterator[Batch]:
-    """Batches with their masks, from batch `start` on."""
+    """This process's part of the batches, with their masks, from batch `start` on."""
     training, objective = request.recipe.train, request.recipe.objective
     batches = pretraining_batches(
         data.stores,
@@ -160,9 +242,13 @@ def masked_batches(
         weights={m: request.recipe.modalities[m].weight for m in data.normalisation},
         seed=training.seed,
         start_step=start,
+        rank=who.rank,
+        world=who.world,
         workers=request.workers,
     )
-    return with_masks(batches, config, objective.mask_ratio, training.seed, start)
+    return with_masks(
+        batches, config, objective.mask_ratio, training.seed, start, who.rank, who.world
+    )
 
 
 def simulated_stores(folder: Path) -> list[Path]:
@@ -198,43 +284,3 @@ def speckle_floor(data: PretrainData, request: PretrainRequest) -> dict[str, flo
     images = next(batches).images["sar-l1"][:, 0]
     looks = local_looks(span(images, norm))
     return {"sar_l1_floor": log_floor(looks) / norm.power_db[1], "sar_l1_looks": looks}
-
-
-class Watch:
-    """Tells the user how a run goes: live on a terminal, one JSON line per log step elsewhere."""
-
-    def __init__(self, request: PretrainRequest, done: int) -> None:
-        self.request, self.done = request, done
-        self.last: dict[str, float] = {}
-        self.bar: Any = None
-
-    def __enter__(self) -> "Watch":
-        if console.on_terminal():
-            left = self.request.recipe.train.steps - self.done
-            self.bar = console.progress(left, "pretrain", "step")
-            self.advance = self.bar.__enter__()
-        return self
-
-    def __exit__(self, *failure: Any) -> None:
-        if self.bar is not None:
-            self.bar.__exit__(*failure)
-
-    def on_step(self, report: StepReport) -> None:
-        """Show one update."""
-        self.last = {"loss": report.loss, **report.parts}
-        if self.bar is not None:
-            self.advance(1, described(report))
-        config = self.request.recipe.train
-        if report.step % config.log_every and report.step != config.steps:
-            return
-        if self.request.as_json:
-            console.result(report.row())
-        elif self.bar is None:
-            console.say(json.dumps(report.row()))
-
-
-def described(report: StepReport) -> str:
-    """One update in a few words: losses, learning rate, speed, waiting."""
-    parts = "  ".join(f"{name} {value:.3f}" for name, value in report.parts.items())
-    speed = f"{report.images / report.seconds:.0f} img/s"
-    return f"{parts}  lr {report.lr:.1e}  {speed}  wait {report.wait / report.seconds:.0%}"

@@ -73,7 +73,7 @@ def first_difference(before: Any, now: Any, where: str = "") -> str:
 
 @contextmanager
 def stop_requests() -> Iterator[Callable[[], bool]]:
-    """Ctrl-C and SIGTERM ask for a stop after the step in progress; a second one stops at once.
+    """Ctrl-C and SIGTERM ask for a stop after the step in progress; Ctrl-C again stops at once.
 
     Yields:
         asked(): whether to save and stop.
@@ -81,10 +81,11 @@ def stop_requests() -> Iterator[Callable[[], bool]]:
     received: list[int] = []
 
     def remember(number: int, frame: object) -> None:
-        if received:
+        if received and number == signal.SIGINT:
             raise KeyboardInterrupt
         received.append(number)
-        console.say("stopping after this step; once more to stop at once")
+        if len(received) == 1:
+            console.say("stopping after this step; Ctrl-C to stop at once")
 
     before = {s: signal.signal(s, remember) for s in (signal.SIGINT, signal.SIGTERM)}
     try:

@@ -63,7 +63,7 @@ def test_run_folder_is_a_checkpoint_that_opens_by_modality(store: Path, tmp_path
 
 
 def test_stopped_run_continues_on_real_data_bit_for_bit(store: Path, tmp_path: Path) -> None:
-    pretrain(request(store, tmp_path / "whole"))
+    pretrain(request(store, tmp_path / "whole", "train.steps=6"))
 
     def stop_here(*_: object) -> None:
         os.kill(os.getpid(), signal.SIGTERM)
@@ -72,8 +72,8 @@ def test_stopped_run_continues_on_real_data_bit_for_bit(store: Path, tmp_path: P
         patch.setattr("ringmoe_cli.pretraining.Watch.on_step", stop_here)
         for _ in range(2):
             with pytest.raises(KeyboardInterrupt):
-                pretrain(request(store, tmp_path / "parts", "train.save_every=100"))
-    pretrain(request(store, tmp_path / "parts"))
+                pretrain(request(store, tmp_path / "parts", "train.steps=6", "train.save_every=9"))
+    pretrain(request(store, tmp_path / "parts", "train.steps=6"))
     assert curve(tmp_path / "parts") == curve(tmp_path / "whole")
     whole, parts = ((tmp_path / n).glob("model*.safetensors") for n in ("whole", "parts"))
     assert [p.read_bytes()[-4096:] for p in whole] == [p.read_bytes()[-4096:] for p in parts]
@@ -142,9 +142,10 @@ def test_first_signal_asks_and_the_second_insists() -> None:
     with stop_requests() as stop:
         assert not stop()
         os.kill(os.getpid(), signal.SIGINT)
+        os.kill(os.getpid(), signal.SIGTERM)  # torchrun sends one after Ctrl-C: no insisting
         assert stop()
         with pytest.raises(KeyboardInterrupt):
-            os.kill(os.getpid(), signal.SIGTERM)
+            os.kill(os.getpid(), signal.SIGINT)
     assert signal.getsignal(signal.SIGINT) is before
 
 

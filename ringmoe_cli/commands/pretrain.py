@@ -1,5 +1,6 @@
 """`ringmoe pretrain`: the encoder learns from unlabelled scenes of all modalities."""
 
+import sys
 from pathlib import Path
 from typing import Annotated
 
@@ -22,6 +23,12 @@ def pretrain(
         bool, typer.Option("--skip-nan", help="Leave out updates whose loss is not finite.")
     ] = False,
     workers: Annotated[int, typer.Option(min=0, help="Reading processes; 0: a thread.")] = 0,
+    processes: Annotated[
+        int, typer.Option("--nproc", min=1, help="Processes on this machine, one per device.")
+    ] = 1,
+    tensorboard: Annotated[
+        bool, typer.Option("--tensorboard", help="Also log to TensorBoard, in the run folder.")
+    ] = False,
     device: Device = "auto",
     overwrite: Overwrite = False,
     as_json: Json = False,
@@ -34,8 +41,13 @@ def pretrain(
     Examples:
         ringmoe pretrain tiles.zarr --recipe pretrain-nano -o runs/pre
         ringmoe pretrain s2.zarr s1.zarr -o runs/pre --set modalities.ms.weight=0.5
+        ringmoe pretrain tiles.zarr --nproc 4
         ringmoe pretrain
     """
+    from ringmoe_cli.ranks import launch, launched
+
+    if processes > 1 and not launched():
+        raise typer.Exit(launch(processes, sys.argv[1:]))
     from ringmoe_cli.machine import chosen_device
     from ringmoe_cli.pretraining import PretrainRequest, pretrain
     from ringmoe_cli.recipe import load_pretrain_recipe
@@ -50,6 +62,7 @@ def pretrain(
         overwrite=overwrite,
         workers=workers,
         as_json=as_json,
+        tensorboard=tensorboard,
     )
     found = pretrain(request)
     if "sar_l1_floor" in found:
