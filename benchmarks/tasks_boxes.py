@@ -56,7 +56,7 @@ def detection_row(
     name: str, data: Path, classes: str, work: Path, *more: object, split: str = "val"
 ) -> None:
     """Train, score on the held-out images, print."""
-    run = work / name
+    run = work / f"run-{name}"
     seconds = trained(data, run, "detection", "--classes", classes, *more)
     found = ringmoe("evaluate", data, "--model", run, "--modality", "opt", "--split", split)
     show(name, found["scores"], seconds)
@@ -258,7 +258,7 @@ def wpafb_row(work: Path, *more: object) -> None:
     from ringmoe_cli.scene.sensors import open_scene
     from ringmoe_cli.scene.strips import Normalised
 
-    run = work / "wpafb-simulated"
+    run = work / "run-wpafb"
     seconds = trained(simulated(work), run, "tracking", "--bands", "band_1", *more)
     network, config = load_task_network(run)
     paths, truth = wpafb_frames(work)

@@ -99,9 +99,8 @@ def test_clips(tmp_path):
     for clip in ("a", "b"):
         rows = []
         for t in range(1, 5):
-            image(
-                tmp_path / "mot" / clip / "img1" / f"{t:06d}.png", (5 + 6 * t, 30, 25 + 6 * t, 42)
-            )
+            left, frame = 5 + 6 * t, tmp_path / "mot" / clip / "img1" / f"{t:06d}.png"
+            image(frame, (left, 30, left + 20, 42))
             rows.append(f"{t},3,{left},30,20,12,1,1,1")
         (tmp_path / "mot" / clip / "gt").mkdir()
         (tmp_path / "mot" / clip / "gt" / "gt.txt").write_text("\n".join(rows))
