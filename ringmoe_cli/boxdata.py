@@ -6,6 +6,7 @@ from pathlib import Path
 
 from model.normalisation import Normalisation
 from ringmoe_cli.errors import LabelError
+from ringmoe_cli.scene.box_benchmarks import box_benchmark
 from ringmoe_cli.scene.box_images import (
     BoxScene,
     images_with_boxes,
@@ -43,12 +44,17 @@ def box_scenes(
         paths: tile stores, or one folder or label file.
         known: class names already decided; empty: as the request or the data says.
     """
+    published = None
+    if request.benchmark:
+        published = box_benchmark(request.benchmark, request.task, request.rotated)
+        known = known or published.classes
     said = ",".join(known) or request.classes
     if (paths[0] / ".zgroup").is_file():
         return from_stores(request, paths, said)
     if len(paths) > 1:
         raise LabelError("give one folder of images with boxes, or several tile stores")
-    found = find_boxes(paths[0], rotated=request.rotated, classes=said)
+    one = published is not None and published.one
+    found = find_boxes(paths[0], rotated=request.rotated, classes=said, one=one)
     images = Images(request.modalities[0] if request.modalities else None, request.bands)
     make = pairs_with_boxes if request.task == "tracking" else images_with_boxes
     return make(found, images, request.rotated), found.classes

@@ -141,6 +141,68 @@ def test_hrsc_angles(tmp_path):
     assert parse_voc(tmp_path / "a.xml") == [Mark((50, 40, 30, 8, 0.5), "100000001")]
 
 
+def dota_twice(root):
+    image(root / "train" / "images" / "P0001.png")
+    for folder, text in (
+        ("labelTxt", "30 10 50 30 30 50 10 30"),
+        ("reclabelTxt", "1 1 9 1 9 5 1 5"),
+    ):
+        write(root / "train" / folder / "P0001.txt", f"{text} plane 0\n")
+
+
+def hrsc(root):
+    image(root / "Test" / "AllImages" / "100000001.bmp")
+    text = "".join(f"<mbox_{t}>{v}</mbox_{t}>" for t, v in zip(
+        ("cx", "cy", "w", "h", "ang"), (50, 40, 30, 8, 0.5), strict=True))  # fmt: skip
+    item = f"<HRSC_Object><Class_ID>100000011</Class_ID>{text}</HRSC_Object>"
+    write(root / "Test" / "Annotations" / "100000001.xml", f"<HRSC_Image>{item}</HRSC_Image>")
+
+
+def air_mot(root):
+    for t in (1, 2):
+        image(root / "test" / "7" / "img" / f"{t:06d}.jpg")
+    write(root / "test" / "7" / "gt" / "gt.txt", "1,1,5,5,9,9,1,2,1\n2,1,6,5,9,9,1,2,1\n")
+
+
+def aircraft(root):
+    image(root / "JPEGImages" / "0000001.jpg")
+    write(root / "ImageSets" / "Main" / "test.txt", "0000001\n")
+    write(root / "Annotations" / "0000001.xml", VOC.replace("ship", "A220").format(EDGES))
+
+
+@pytest.mark.parametrize(
+    ("name", "build", "label"),
+    [("dota", dota_twice, 0), ("hrsc2016", hrsc, 0), ("air-mot", air_mot, 1),
+     ("sar-aircraft", aircraft, 2)],
+)  # fmt: skip
+def test_benchmarks_as_downloaded(tmp_path, name, build, label):
+    from ringmoe_cli.scene.box_benchmarks import BOX_BENCHMARKS
+    from ringmoe_cli.taskdata import DataRequest, find_items
+
+    build(tmp_path)
+    about = BOX_BENCHMARKS[name]
+    request = DataRequest(
+        [tmp_path], about.task, 64, modalities=("opt",), benchmark=name, rotated=about.rotated
+    )
+    found = find_items(request)
+    assert found.classes.names == about.classes
+    assert found.splits in (["train"], ["test"])
+    (first, *_) = found.items[0].boxes
+    assert first.labels.tolist() == [label]
+    assert bool(first.geometry[0, 4] != 0) == about.rotated
+
+
+def test_benchmarks_that_do_not_fit():
+    from ringmoe_cli.scene.box_benchmarks import box_benchmark
+
+    with pytest.raises(LabelError, match="unknown benchmark"):
+        box_benchmark("coco", "detection", False)
+    with pytest.raises(LabelError, match="is for tracking"):
+        box_benchmark("air-mot", "detection", False)
+    with pytest.raises(LabelError, match=r"task\.rotated=true"):
+        box_benchmark("dota", "detection", False)
+
+
 def test_csv_with_fields_in_any_order(tmp_path):
     image(tmp_path / "a.png")
     write(tmp_path / "truth.csv", "image_path,xmin,xmax,ymin,ymax,label\na.png,1,11,2,22,Tree\n")

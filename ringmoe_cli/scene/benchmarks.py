@@ -111,7 +111,7 @@ BENCHMARKS: Mapping[str, Benchmark] = {
         (Layout({"opt": ("rgb/{id}",), "sar-l2": ("sar/{id}",)}, "dsm/{id}"),),
     ),
 }  # fmt: skip
-"""Name -> data set; those with boxes are read by `boxes_io` under the same names."""
+"""Name -> data set; those with boxes are in `box_benchmarks`."""
 
 
 def benchmark(name: str) -> Benchmark:

@@ -9,7 +9,7 @@ import math
 import re
 from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import torch
@@ -23,7 +23,7 @@ from ringmoe_cli.scene.folders import SUFFIXES
 from ringmoe_cli.scene.labels import VECTORS
 
 SPLITS = ("train", "val", "test")
-ROTATED = ("orient", "obb", "rotat", "dota")
+ROTATED = re.compile(r"orient|obb|rotat|dota|(?<!rec)labeltxt")
 """What the path of rotated labels says, where a set has both kinds."""
 
 
@@ -62,13 +62,16 @@ class Found:
     """Named by the data; empty: take them from the objects."""
 
 
-def find_boxes(root: Path, *, rotated: bool = False, classes: str | None = None) -> BoxSet:
+def find_boxes(
+    root: Path, *, rotated: bool = False, classes: str | None = None, one: bool = False
+) -> BoxSet:
     """The labelled images of a folder or label file.
 
     Args:
         root: a folder, a COCO JSON or a CSV.
         rotated: prefer rotated labels where a set has both kinds.
         classes: names in index order, separated by commas; objects of others are left out.
+        one: every object is of the first of these classes, whatever it is called.
 
     Raises:
         LabelError: if there are none, or the classes do not fit.
@@ -77,6 +80,8 @@ def find_boxes(root: Path, *, rotated: bool = False, classes: str | None = None)
     numbered = (names_beside(root) if root.is_dir() else ()) or said
     for reader in READERS:
         found = reader(root, rotated, numbered)
+        if one:
+            found.images = [renamed(image, said[0]) for image in found.images]
         if any(image.marks for image in found.images):
             names = class_names(found, said)
             order = {s: i for i, s in enumerate((*SPLITS, ""))}
@@ -88,6 +93,11 @@ def find_boxes(root: Path, *, rotated: bool = False, classes: str | None = None)
         f"{root} has no images with boxes; expected COCO JSON, a CSV with image_path,xmin,ymin,"
         "xmax,ymax,label, MOT clips, or DOTA, YOLO, VOC or GeoJSON files named like the images"
     )
+
+
+def renamed(image: BoxImage, name: str) -> BoxImage:
+    """The same image with all objects of one class."""
+    return replace(image, marks=[m._replace(name=name) for m in image.marks])
 
 
 def class_names(found: Found, said: tuple[str, ...]) -> tuple[str, ...]:
@@ -163,6 +173,7 @@ def frames_of(folder: Path) -> list[tuple[int, Path]]:
     settings = configparser.ConfigParser()
     settings.read(folder / "seqinfo.ini")
     images = folder / settings.get("Sequence", "imDir", fallback="img1")
+    images = images if images.is_dir() else folder / "img"
     files = sorted(p for p in images.glob("*") if p.suffix.lower() in SUFFIXES)
     if not files:
         raise LabelError(f"{images} has no frames")
@@ -269,7 +280,7 @@ def paired(root: Path, suffixes: Sequence[str], rotated: bool) -> Iterable[tuple
 def is_rotated(file: Path, root: Path) -> bool:
     """Whether the path of a label file says that its boxes are rotated."""
     text = file.relative_to(root).parent.as_posix().lower()
-    return any(word in text for word in ROTATED)
+    return ROTATED.search(text) is not None
 
 
 def split_of(path: Path, root: Path) -> str:
