@@ -16,7 +16,7 @@ from rasters import noise, write_raster
 from typer.testing import CliRunner
 
 from ringmoe_cli.app import app
-from ringmoe_cli.cluster import Engine
+from ringmoe_cli.cluster import Engine, parse_slurm
 from ringmoe_cli.errors import BadBlockError, OutputExistsError, RingmoeError, StoreError
 from ringmoe_cli.scene import regions, tiling
 from ringmoe_cli.scene.grid import Grid, Window
@@ -262,6 +262,59 @@ def test_a_killed_worker_costs_a_retry_not_the_run(tmp_path):
     tasks = [(i, str(tmp_path / "died")) for i in range(8)]
     assert sorted(Engine(workers=2).run(slow_or_deadly, tasks)) == list(range(8))
     assert (tmp_path / "died").exists()
+
+
+SBATCH = """#!{python}
+import os, subprocess, sys
+script = sys.argv[-1]
+log = open(os.path.join("{folder}", "job.log"), "w")
+done = subprocess.Popen(["bash", script], stdout=log, stderr=log, start_new_session=True)
+open(os.path.join("{folder}", "jobs"), "a").write(open(script).read())
+print("Submitted batch job", done.pid)
+"""
+
+
+@pytest.mark.distributed
+@pytest.mark.timeout(120)
+def test_slurm_jobs_do_the_work(scene, tmp_path, monkeypatch):
+    """sbatch is played by a script that starts the job here; scancel ends it."""
+    programs = tmp_path / "bin"
+    programs.mkdir()
+    (programs / "sbatch").write_text(SBATCH.format(python=sys.executable, folder=tmp_path))
+    (programs / "scancel").write_text('#!/bin/sh\nkill -- -"$1"\n')
+    for program in programs.iterdir():
+        program.chmod(0o755)
+    monkeypatch.setenv("PATH", f"{programs}:{os.environ['PATH']}")
+    monkeypatch.chdir(tmp_path)
+    wanted = parse_slurm("queue=short,cores=1,memory=2GB,walltime=00:10:00")
+    whole = tile_scenes([Labelled(scene)], tmp_path / "a.zarr", Settings(tile=64)).path
+    settings = Settings(tile=64, engine=Engine(slurm=wanted))
+    made = tile_scenes([Labelled(scene)], tmp_path / "b.zarr", settings).path
+    assert contents(made) == contents(whole)
+    script = (tmp_path / "jobs").read_text()
+    assert "#SBATCH -p short" in script
+    assert "#SBATCH -t 00:10:00" in script
+
+
+def test_gdal_settings_travel_to_workers(scene, tmp_path, monkeypatch):
+    monkeypatch.setenv("GDAL_NUM_THREADS", "3")
+    monkeypatch.setenv("OTHER_SETTING", "4")
+    (source,) = tiling.plan_sources([Labelled(scene)], tmp_path, Settings())
+    assert source.gdal["GDAL_NUM_THREADS"] == "3"
+    assert "OTHER_SETTING" not in source.gdal
+    monkeypatch.delenv("GDAL_NUM_THREADS")
+    regions.reader_of(source)
+    assert os.environ["GDAL_NUM_THREADS"] == "3"
+    monkeypatch.setenv("GDAL_NUM_THREADS", "1")
+    regions.reader_of(source)
+    assert os.environ["GDAL_NUM_THREADS"] == "1"
+
+
+def test_slurm_settings_are_pairs():
+    assert parse_slurm("queue=short, memory=8GB") == {"queue": "short", "memory": "8GB"}
+    assert parse_slurm(None) == {}
+    with pytest.raises(RingmoeError, match="write key=value pairs"):
+        parse_slurm("short")
 
 
 def test_engines_that_cannot_start_say_so():

@@ -149,10 +149,7 @@ def moved(grid: Grid, window: Window, side: int, rng: np.random.Generator) -> Wi
 
 def may_hold(scene: StoredScene, window: Window) -> bool:
     """Whether any tile that a window touches has valid pixels."""
-    inside, tile = scene.grid.clip(window), scene.tile_size
-    rows = slice(inside.row // tile, -(-(inside.row + inside.height) // tile))
-    cols = slice(inside.col // tile, -(-(inside.col + inside.width) // tile))
-    return bool((scene.valid_fractions[rows, cols] > 0).any())
+    return bool((scene.tile_fractions(scene.grid.clip(window)) > 0).any())
 
 
 def measured_channels(scene: StoredScene) -> NDArray[np.bool_]:

@@ -1,5 +1,6 @@
 """The unit of tiling: one region of one scene, read once, written once, and summed up."""
 
+import os
 import threading
 import zlib
 from collections.abc import Mapping
@@ -39,6 +40,17 @@ class Source:
     """Mark blocks that cannot be decoded invalid instead of failing."""
     allow_remote: bool = False
     """Let GDAL use the network."""
+    gdal: Mapping[str, str] = field(default_factory=dict)
+    """GDAL's settings in the environment of whoever started the run."""
+
+
+GDAL_SETTINGS = ("GDAL_", "CPL_", "VSI_", "AWS_")
+"""Environment variables that travel to workers begin so; a worker's own come first."""
+
+
+def gdal_settings() -> dict[str, str]:
+    """GDAL's settings in this process's environment."""
+    return {k: v for k, v in sorted(os.environ.items()) if k.startswith(GDAL_SETTINGS)}
 
 
 @dataclass(frozen=True)
@@ -188,6 +200,8 @@ def cached_reader(scene: Scene, allow_remote: bool) -> SceneReader:
 
 def reader_of(source: Source) -> SceneReader:
     """This process's reader of a scene."""
+    for name, value in source.gdal.items():
+        os.environ.setdefault(name, value)
     with _lock:
         return cached_reader(source.scene, source.allow_remote)
 

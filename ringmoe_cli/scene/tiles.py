@@ -103,7 +103,17 @@ class StoredScene:
     def read(self, window: Window) -> tuple[NDArray[Any], NDArray[np.bool_]]:
         """Raw values (bands, h, w) and validity (h, w); outside the scene zero and invalid."""
         raw = self._padded(self.image, window, 0)
+        inside = self.grid.clip(window)
+        if inside == window and self.tile_fractions(inside).min() == 1:
+            return raw, np.ones((window.height, window.width), np.bool_)
         return raw, self._padded(self.valid, window, 0).astype(np.bool_)
+
+    def tile_fractions(self, inside: Window) -> NDArray[np.float32]:
+        """Shares of valid pixels of the tiles that a window inside the scene touches."""
+        tile = self.tile_size
+        rows = slice(inside.row // tile, -(-(inside.row + inside.height) // tile))
+        cols = slice(inside.col // tile, -(-(inside.col + inside.width) // tile))
+        return self.valid_fractions[rows, cols]
 
     def physical(self, window: Window) -> tuple[NDArray[np.float32], NDArray[np.bool_]]:
         """Physical channels (channels, h, w) and validity (h, w)."""

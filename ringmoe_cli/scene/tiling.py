@@ -24,6 +24,7 @@ from ringmoe_cli.scene.raster import open_raster
 from ringmoe_cli.scene.regions import (
     Region,
     Source,
+    gdal_settings,
     region_windows,
     stored_checksum,
     write_region,
@@ -122,6 +123,7 @@ def plan_sources(scenes: Sequence[Labelled], part: Path, settings: Settings) -> 
                 dict(each.labels),
                 settings.skip_bad,
                 settings.allow_remote,
+                gdal_settings(),
             )
         )
     return sources
