@@ -7,6 +7,7 @@ Liu et al. 2021 (Swin V1): scaled dot product with a table of biases, as in the 
 import math
 from dataclasses import dataclass
 from functools import lru_cache
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -172,6 +173,7 @@ class WindowAttention(nn.Module):
         self.q_bias = nn.Parameter(torch.zeros(width))
         self.v_bias = nn.Parameter(torch.zeros(width))
         self.proj = nn.Linear(width, width)
+        self.kept_bias: tuple[Any, tuple[Tensor, ...], Tensor] | None = None
         if self.cosine:
             self.logit_scale = nn.Parameter(torch.full((heads, 1, 1), 10.0).log())
             self.position: nn.Module = ContinuousBias(window, heads)
@@ -191,15 +193,36 @@ class WindowAttention(nn.Module):
             (B, H, W, C).
         """
         q, k, v = self.project(grid.split(x))  # each (B·windows, heads, N, C/heads)
-        bias = self.position()
-        if valid is None and grid.whole:
-            out = attend(q, k, v, bias[None])
-        else:
-            mask = grid_mask(grid, x.device) if valid is None else attention_mask(grid, valid)
-            both = (mask[:, :, None] + bias).flatten(1, 2)  # (1 or B, windows·heads, N, N)
+        bias = self.logit_bias(grid, valid, v.dtype)
+        shape = v.shape
+        if bias.shape[1] != self.heads:  # one bias per window, the same for all images
             q, k, v = (t.reshape(len(x), -1, *t.shape[2:]) for t in (q, k, v))
-            out = attend(q, k, v, both).view(-1, self.heads, *v.shape[2:])
+        out = attend(q, k, v, bias).view(shape)
         return grid.join(self.proj(out.transpose(1, 2).flatten(2)))
+
+    def logit_bias(self, grid: WindowGrid, valid: Tensor | None, dtype: torch.dtype) -> Tensor:
+        """Position bias and mask: (1, heads, N, N) or (1 or B, windows·heads, N, N).
+
+        Without gradients, the last one is kept until the weights or the grid change; a pass with
+        gradients announces a change of weights.
+        """
+        if torch.is_grad_enabled():
+            self.kept_bias = None
+        if valid is not None or torch.is_grad_enabled():
+            return self.build_bias(grid, valid).to(dtype)
+        weights = tuple(self.position.parameters())
+        key = (grid, dtype, *map(state_of, weights))
+        if self.kept_bias is None or self.kept_bias[0] != key:
+            self.kept_bias = (key, weights, self.build_bias(grid, None).to(dtype))
+        return self.kept_bias[2]
+
+    def build_bias(self, grid: WindowGrid, valid: Tensor | None) -> Tensor:
+        """The bias of this grid, with its mask where tokens must not meet."""
+        bias: Tensor = self.position()[None]
+        if valid is None and grid.whole:
+            return bias
+        mask = grid_mask(grid, bias.device) if valid is None else attention_mask(grid, valid)
+        return (mask[:, :, None] + bias).flatten(1, 2)
 
     def project(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Queries, keys and values, the scale of the logits folded into the queries."""
@@ -213,6 +236,12 @@ class WindowAttention(nn.Module):
         else:
             q = q * q.shape[-1] ** -0.5
         return q, k.to(v.dtype), v
+
+
+def state_of(weight: Tensor) -> tuple[int, int, int]:
+    """What changes when a weight is replaced, moved or written to."""
+    version = 0 if weight.is_inference() else weight._version
+    return id(weight), weight.data_ptr(), version
 
 
 def attend(q: Tensor, k: Tensor, v: Tensor, bias: Tensor) -> Tensor:

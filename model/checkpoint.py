@@ -340,6 +340,7 @@ def fill(files: Files, entry: Entry, slot: Tensor) -> None:
         )
     if entry.spec.dtype == slot.dtype and slot.is_cpu and slot.is_contiguous():
         files.read(entry, slot)
+        torch.autograd.graph.increment_version(slot)  # the bytes came past torch
         return
     tensor = torch.empty(entry.spec.shape, dtype=entry.spec.dtype)
     files.read(entry, tensor)
