@@ -173,12 +173,9 @@ def stored_checksum(region: Region) -> int:
 
 def tile_fractions(valid: NDArray[np.bool_], tile: int) -> NDArray[np.float64]:
     """Share of valid pixels per tile, (tiles down, tiles across), of the pixels it really has."""
-    rows = np.arange(0, valid.shape[0], tile)
-    cols = np.arange(0, valid.shape[1], tile)
-    sums = np.add.reduceat(np.add.reduceat(valid, rows, 0, dtype=np.int64), cols, 1)
-    sizes = np.outer(np.diff([*rows, valid.shape[0]]), np.diff([*cols, valid.shape[1]]))
-    fractions: NDArray[np.float64] = sums / sizes
-    return fractions
+    rows, cols = range(0, valid.shape[0], tile), range(0, valid.shape[1], tile)
+    tiles = [[valid[r : r + tile, c : c + tile] for c in cols] for r in rows]
+    return np.array([[np.count_nonzero(t) / t.size for t in row] for row in tiles])
 
 
 def label_counts(values: NDArray[Any], classes: int) -> list[float]:
