@@ -149,6 +149,7 @@ def test_an_interrupted_run_is_continued_bit_for_bit(scene, tmp_path, monkeypatc
     if damage == "chunk":
         row, col = (v // 64 for v in finished[0]["window"][:2])
         (part / "scene" / "image" / f"0.{row}.{col}").write_bytes(b"torn")
+        (part / "scene" / "image" / "0.0.0.4711.part").write_bytes(b"left by a killed writer")
     if damage == "line":
         (part / "manifest.jsonl").write_text(manifest + '{"scene": "sce')
     again = stop_after(monkeypatch, 10**6)
@@ -156,6 +157,15 @@ def test_an_interrupted_run_is_continued_bit_for_bit(scene, tmp_path, monkeypatc
     total = len((out / "manifest.jsonl").read_text().splitlines())
     assert len(again) == total - len(finished) + (damage == "chunk")
     assert contents(out) == contents(tmp_path / "whole.zarr")
+
+
+def test_two_runs_do_not_write_one_store(scene, tmp_path, monkeypatch):
+    out, part = tmp_path / "t.zarr", tmp_path / "t.zarr.part"
+    stop_after(monkeypatch, 1)
+    with pytest.raises(StoppedError):
+        tile_scenes([Labelled(scene)], out, Settings(tile=64, engine=Engine(threads=1)))
+    with tiling.locked(part), pytest.raises(StoreError, match="another run is writing"):
+        tile_scenes([Labelled(scene)], out, Settings(tile=64))
 
 
 def test_unfinished_work_of_other_inputs_is_not_mixed_in(scene, tmp_path, monkeypatch):

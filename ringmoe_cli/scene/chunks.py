@@ -17,6 +17,10 @@ CACHE_BYTES = 64 * 2**20
 """Decoded chunks kept per array and process: enough for runs of neighbouring windows."""
 
 
+UNFINISHED = ".part"
+"""Ending of files that a killed writer may leave behind."""
+
+
 class ChunkedArray:
     """A Zarr v2 array (…, y, x) in a local folder, chunked along y and x only.
 
@@ -99,7 +103,7 @@ class ChunkedArray:
         else:
             whole = np.ascontiguousarray(block, self.dtype)
         path = self._path(i, j)
-        unfinished = path.with_name(f"{path.name}.part")
+        unfinished = path.with_name(f"{path.name}.{os.getpid()}{UNFINISHED}")
         unfinished.write_bytes(self.codec.encode(whole))
         unfinished.replace(path)
 

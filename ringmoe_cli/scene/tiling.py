@@ -4,6 +4,7 @@ Work grows in `OUT.part` with a manifest of finished regions, each line synced t
 was interrupted is continued by the same command, bit for bit; the final name appears by rename.
 """
 
+import fcntl
 import json
 import os
 import shutil
@@ -18,6 +19,7 @@ import numpy as np
 from ringmoe_cli.cluster import Engine
 from ringmoe_cli.errors import LabelError, OutputExistsError, StoreError
 from ringmoe_cli.scene import layout
+from ringmoe_cli.scene.chunks import UNFINISHED
 from ringmoe_cli.scene.grid import Window
 from ringmoe_cli.scene.labels import LabelSource
 from ringmoe_cli.scene.raster import open_raster
@@ -95,16 +97,16 @@ def tile_scenes(
     sources = plan_sources(scenes, part, settings)
     regions = [Region(s, w) for s in sources for w in windows_of(s)]
     prepare(part, sources, fingerprint(sources, settings))
-    lines = finished_lines(part, regions)
-    left = [r for r in regions if key(r) not in lines]
-    with (progress or quiet)(size(regions)) as advance:
-        advance(size([r for r in regions if key(r) in lines]))
-        for line in run(part, left, settings.engine):
-            lines[line["scene"], *line["window"]] = line
-            advance(line["window"][2] * line["window"][3] / 1e6)
-    ordered = [lines[key(r)] for r in regions]
-    finish(part, sources, ordered, settings.min_valid)
-    replace_folder(part, out)
+    with locked(part):
+        lines = finished_lines(part, regions)
+        left = [r for r in regions if key(r) not in lines]
+        with (progress or quiet)(size(regions)) as advance:
+            advance(size([r for r in regions if key(r) in lines]))
+            for line in run(part, left, settings.engine):
+                lines[line["scene"], *line["window"]] = line
+                advance(line["window"][2] * line["window"][3] / 1e6)
+        finish(part, sources, [lines[key(r)] for r in regions], settings.min_valid)
+        replace_folder(part, out)
     return open_store(out)
 
 
@@ -192,6 +194,25 @@ def prepare(part: Path, sources: Sequence[Source], print_: str) -> None:
     write_synced(marker, print_)
 
 
+@contextmanager
+def locked(part: Path) -> Iterator[None]:
+    """Keep other processes out of unfinished work.
+
+    Raises:
+        StoreError: if one is at it.
+    """
+    held = os.open(part / INPUTS, os.O_RDONLY)
+    try:
+        fcntl.flock(held, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError as error:
+        os.close(held)
+        raise StoreError(f"another run is writing {part}; wait for it") from error
+    try:
+        yield
+    finally:
+        os.close(held)
+
+
 INPUTS = "inputs.json"
 MANIFEST = "manifest.jsonl"
 
@@ -274,6 +295,8 @@ def finish(part: Path, sources: Sequence[Source], lines: Sequence[Line], min_val
             min_valid,
         )
     layout.finish_store(part, [s.folder.name for s in sources])
+    for leftover in part.rglob(f"*{UNFINISHED}"):
+        leftover.unlink()
     write_synced(part / MANIFEST, "".join(json.dumps(x) + "\n" for x in lines))
     (part / INPUTS).unlink()
 
