@@ -23,6 +23,10 @@ Answer = Callable[[Tokens], Tensor]
 
 RIDGE = 1e-3
 """Penalty of the ridge regression, over the mean square of its inputs."""
+CHECKED = 1 / 8
+"""Share of the tokens that only check."""
+CHECKS = 10
+"""Of the error on them, during a descent."""
 
 
 @dataclass(frozen=True)
@@ -111,53 +115,97 @@ def fit(
 ) -> FFN:
     """The dense FFN that imitates a layer on its tokens.
 
+    The last tokens of each modality (chips of their own) are not learnt from: they say which start
+    is the best after the ridge regression, and when the descent has gone far enough.
+
     Args:
-        starts: candidates for the first matrix; the best after the ridge regression is taken.
+        starts: candidates for the first matrix.
         tokens: modality -> (T, D), as the student sees them.
         wanted: (ΣT, D), what the layer should say after the LayerNorm.
         task: the layer.
         settings: how long and how fast.
     """
+    learnt, unseen = split(tokens, wanted, task)
     with torch.no_grad():
-        beside = None if task.kept is None else task.kept(tokens)
-        refits = [refitted(ffn, tokens, task) for ffn in starts.values()]
-        errors = [feature_error(task.output(f, tokens, beside), wanted) for f in refits]
-    best = refits[errors.index(min(errors))]
-    return descend(best, tokens, wanted, beside, task, settings)
+        refits = [refitted(ffn, learnt.tokens, task) for ffn in starts.values()]
+        best = min(refits, key=lambda ffn: unseen.error(ffn, task))
+    return descend(best, learnt, unseen, task, settings)
 
 
-def descend(
-    start: FFN,
-    tokens: Tokens,
-    wanted: Tensor,
-    beside: Tensor | None,
-    task: Task,
-    settings: FitSettings,
-) -> FFN:
-    """Both matrices by Adam on the squared error after the LayerNorm."""
+@dataclass(frozen=True)
+class Lesson:
+    """Tokens and what the layer should say about them."""
+
+    tokens: Tokens
+    """Modality -> (T, D)."""
+    wanted: Tensor
+    """(ΣT, D) after the LayerNorm."""
+    beside: Tensor | None
+    """(ΣT, D) from the experts that stay."""
+
+    def error(self, ffn: FFN, task: Task) -> float:
+        """Feature error of a dense layer on these tokens."""
+        with torch.no_grad():
+            return feature_error(task.output(ffn, self.tokens, self.beside), self.wanted)
+
+
+def split(tokens: Tokens, wanted: Tensor, task: Task) -> tuple[Lesson, Lesson]:
+    """Tokens to learn from, and the last ones of each modality to check with."""
+    cuts = {m: max(1, len(t) - round(CHECKED * len(t))) for m, t in tokens.items()}
+    first = {m: torch.arange(cut) for m, cut in cuts.items()}
+    last = {m: torch.arange(cuts[m], len(t)) for m, t in tokens.items()}
+    last = {m: rows if len(rows) else first[m] for m, rows in last.items()}
+    lessons = []
+    for rows in (first, last):
+        own = {m: tokens[m][index] for m, index in rows.items()}
+        with torch.no_grad():
+            beside = None if task.kept is None else task.kept(own)
+        lessons.append(Lesson(own, wanted[places(rows, tokens)], beside))
+    return lessons[0], lessons[1]
+
+
+def descend(start: FFN, learnt: Lesson, unseen: Lesson, task: Task, settings: FitSettings) -> FFN:
+    """Both matrices by Adam on the squared error after the LayerNorm; the best on `unseen`."""
     parameters = FFN(*(p.detach().float().clone().requires_grad_() for p in start))
     scales = [float(p.std()) for p in (start.fc1_weight, start.fc2_weight)]
     rates = [settings.rate * scales[i // 2] for i in range(4)]
     groups = [{"params": [p], "lr": r} for p, r in zip(parameters, rates, strict=True)]
     optimiser = torch.optim.Adam(groups, betas=(0.9, 0.99))
     generator = torch.Generator().manual_seed(settings.seed)
-    for i, rows in enumerate(batches(tokens, settings)):
+    best, least = start, unseen.error(start, task)
+    for step, rows in enumerate(batches(learnt.tokens, settings), start=1):
         for group, rate in zip(optimiser.param_groups, rates, strict=True):
-            group["lr"] = rate * (1 + cos(pi * i / settings.steps)) / 2
-        real = {name: tokens[name][own] for name, own in rows.items()}
-        place = places(rows, tokens)
-        found = task.output(parameters, real, None if beside is None else beside[place])
-        loss = (found - wanted[place]).square().mean()
-        if settings.between:
-            halfway = mixed(real, generator)
-            with torch.no_grad():
-                answer = task.norm(task.parent(halfway))
-            guess = task.output(parameters, halfway)
-            loss = loss + settings.between * (guess - answer).square().mean()
+            group["lr"] = rate * (1 + cos(pi * (step - 1) / settings.steps)) / 2
         optimiser.zero_grad()
-        loss.backward()
+        miss(parameters, rows, learnt, task, settings, generator).backward()
         optimiser.step()
-    return FFN(*(p.detach() for p in parameters))
+        if step % -(-settings.steps // CHECKS) == 0 or step == settings.steps:
+            error = unseen.error(parameters, task)
+            if error < least:
+                best, least = FFN(*(p.detach().clone() for p in parameters)), error
+    return best
+
+
+def miss(
+    ffn: FFN,
+    rows: Mapping[str, Tensor],
+    lesson: Lesson,
+    task: Task,
+    settings: FitSettings,
+    generator: torch.Generator,
+) -> Tensor:
+    """Mean squared error on some real tokens, and on tokens between them."""
+    real = {name: lesson.tokens[name][own] for name, own in rows.items()}
+    place = places(rows, lesson.tokens)
+    beside = None if lesson.beside is None else lesson.beside[place]
+    loss = (task.output(ffn, real, beside) - lesson.wanted[place]).square().mean()
+    if settings.between:
+        halfway = mixed(real, generator)
+        with torch.no_grad():
+            answer = task.norm(task.parent(halfway))
+        guess = task.output(ffn, halfway)
+        loss = loss + settings.between * (guess - answer).square().mean()
+    return loss
 
 
 def batches(tokens: Tokens, settings: FitSettings) -> Iterator[dict[str, Tensor]]:

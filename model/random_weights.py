@@ -7,6 +7,7 @@ import math
 import zlib
 from collections.abc import Callable, Iterator
 from dataclasses import replace
+from functools import lru_cache
 from pathlib import Path
 
 import torch
@@ -22,6 +23,10 @@ from model.tasks import TASKS
 
 STD = 0.02
 """Of every matrix, as at the start of training."""
+POOL = 1 << 24
+"""Different numbers."""
+PIECE = 1 << 16
+"""Numbers that stay together."""
 
 
 def random_checkpoint(
@@ -75,15 +80,33 @@ def random_specs(config: ModelConfig, task: TaskConfig | None, dtype: torch.dtyp
 
 def random_tensor(spec: Spec, seed: int) -> Tensor:
     """One tensor: matrices normal, norms and scales as at the start of training, the rest zero."""
-    generator = torch.Generator().manual_seed(zlib.crc32(spec.name.encode()) ^ seed)
-    tensor = torch.zeros(spec.shape, dtype=spec.dtype)
     if spec.name.endswith("logit_scale"):
-        return tensor.fill_(math.log(10))
+        return torch.full(spec.shape, math.log(10), dtype=spec.dtype)
     if not spec.dtype.is_floating_point or spec.name.endswith(("bias", "running_mean")):
-        return tensor
+        return torch.zeros(spec.shape, dtype=spec.dtype)
     if len(spec.shape) < 2:
-        return tensor.fill_(1)
-    return tensor.normal_(0, STD, generator=generator)
+        return torch.ones(spec.shape, dtype=spec.dtype)
+    return shuffled(spec, zlib.crc32(spec.name.encode()) ^ seed)
+
+
+def shuffled(spec: Spec, seed: int) -> Tensor:
+    """Normal numbers: pieces of one pool, in an order of the tensor's own.
+
+    Drawing every number anew would take longer than writing it to a disk.
+    """
+    pool, generator = normal_pool(spec.dtype), torch.Generator().manual_seed(seed)
+    tensor = torch.empty(spec.shape, dtype=spec.dtype)
+    for piece in tensor.view(-1).split(PIECE):
+        first = int(torch.randint(len(pool) - len(piece), (), generator=generator))
+        piece.copy_(pool[first : first + len(piece)])
+    return tensor
+
+
+@lru_cache(maxsize=1)
+def normal_pool(dtype: torch.dtype) -> Tensor:
+    """Seeded normal numbers to take pieces of."""
+    generator = torch.Generator().manual_seed(0)
+    return torch.empty(POOL, dtype=dtype).normal_(0, STD, generator=generator)
 
 
 def unit_normalisation(modality: str, channels: int) -> Normalisation:
