@@ -77,6 +77,26 @@ def test_control_points_place_boxes(tmp_path):
     assert shapely.hausdorff_distance(ours.values, affine.values).max() < 1e-3
 
 
+def test_rpcs_place_boxes(tmp_path):
+    """The middle of the image lies at the middle of the coefficients."""
+    one, line, sample = [1.0] + [0.0] * 19, [0.0] * 20, [0.0] * 20
+    line[2], sample[1] = -1.0, 1.0  # row falls with latitude, column grows with longitude
+    text = {k: " ".join(map(str, v)) for k, v in (
+        ("LINE_NUM_COEFF", line), ("LINE_DEN_COEFF", one),
+        ("SAMP_NUM_COEFF", sample), ("SAMP_DEN_COEFF", one))}  # fmt: skip
+    offsets = {"LINE_OFF": 50.0, "SAMP_OFF": 60.0, "LAT_OFF": 48.0, "LONG_OFF": 15.0,
+               "HEIGHT_OFF": 0.0, "LINE_SCALE": 50.0, "SAMP_SCALE": 60.0, "LAT_SCALE": 0.01,
+               "LONG_SCALE": 0.02, "HEIGHT_SCALE": 100.0}  # fmt: skip
+    grid = Grid(100, 120, rpcs={**text, **{k: str(v) for k, v in offsets.items()}})
+    middle = Boxes.from_corners([[60, 50, 90, 75]])
+    vectors.write_boxes(tmp_path / "b.parquet", middle, grid, NAMES)
+    table = geopandas.read_parquet(tmp_path / "b.parquet")
+    assert table.crs == CRS.from_epsg(4326)
+    west, south, east, north = table.geometry[0].bounds
+    assert (east - west, north - south) == pytest.approx((0.01, 0.005), rel=1e-3)
+    assert (west, north) == pytest.approx((15, 48), abs=2e-4)
+
+
 @pytest.mark.parametrize("suffix", [".parquet", ".geojson", ".gpkg"])
 def test_no_boxes_are_a_table_without_rows(tmp_path, suffix):
     path = tmp_path / f"b{suffix}"

@@ -163,22 +163,28 @@ def on_ground(xy: NDArray[np.float64], grid: Grid) -> NDArray[np.float64]:
     if grid.has_transform:
         x, y = grid.xy(row, col)
         return np.stack([x, y], -1)
-    if grid.gcps:
-        return through_points(row, col, grid)
-    return np.asarray(xy, np.float64)
-
-
-def through_points(
-    row: NDArray[np.float64], col: NDArray[np.float64], grid: Grid
-) -> NDArray[np.float64]:
-    """Ground coordinates by a polynomial through the control points."""
-    from rasterio.control import GroundControlPoint
-    from rasterio.transform import GCPTransformer
-
-    points = [GroundControlPoint(p.row, p.col, p.x, p.y, p.z) for p in grid.gcps]
-    with GCPTransformer(points) as transformer:
+    if not grid.gcps and not grid.rpcs:
+        return np.asarray(xy, np.float64)
+    with transformer_of(grid) as transformer:
         x, y = transformer.xy(row.ravel(), col.ravel(), offset="ul")
     return np.stack([np.reshape(x, row.shape), np.reshape(y, row.shape)], -1)
+
+
+def transformer_of(grid: Grid) -> Any:
+    """A polynomial through the control points, or the RPCs at height 0."""
+    from rasterio.control import GroundControlPoint
+    from rasterio.rpc import RPC
+    from rasterio.transform import GCPTransformer, RPCTransformer
+
+    if grid.gcps:
+        return GCPTransformer([GroundControlPoint(*p) for p in grid.gcps])
+    return RPCTransformer(RPC.from_gdal(dict(grid.rpcs or {})))
+
+
+def system_of(grid: Grid) -> str | None:
+    """Coordinate system of what `on_ground` gives; RPCs speak degrees."""
+    by_rpcs = grid.rpcs and not grid.has_transform and not grid.gcps
+    return DEGREES if by_rpcs else grid.crs
 
 
 def length(line: NDArray[np.float64], grid: Grid) -> float:
@@ -219,7 +225,7 @@ def save(
 
     check_format(path)
     suffix = path.suffix.lower()
-    table = geopandas.GeoDataFrame(dict(fields), geometry=list(geometries), crs=grid.crs)
+    table = geopandas.GeoDataFrame(dict(fields), geometry=list(geometries), crs=system_of(grid))
     with whole(path) as part:
         if suffix == ".parquet":
             table.to_parquet(part, index=False)
@@ -227,7 +233,7 @@ def save(
         options: dict[str, Any] = {"layer": path.stem, "geometry_type": kind}
         if suffix != ".gpkg":
             options |= {"driver": "GeoJSON", "COORDINATE_PRECISION": DIGITS}
-            table = table.to_crs(DEGREES) if grid.crs else table
+            table = table.to_crs(DEGREES) if table.crs else table
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", "'crs' was not provided", UserWarning)
             table.to_file(part, engine="pyogrio", **options)
