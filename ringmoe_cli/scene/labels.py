@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 from ringmoe_cli.errors import LabelError, SceneError
 from ringmoe_cli.scene.categories import Category, read_categories
 from ringmoe_cli.scene.grid import Grid, Window
-from ringmoe_cli.scene.raster import SAFE_OPTIONS, grid_of, open_raster
+from ringmoe_cli.scene.raster import SAFE_OPTIONS, file_stamp, grid_of, open_raster
 from ringmoe_cli.scene.tiles import IGNORE, LabelLayer
 
 VECTORS = (".geojson", ".json", ".gpkg", ".shp", ".fgb", ".parquet", ".kml", ".gml")
@@ -30,6 +30,9 @@ class LabelSource(Protocol):
 
     def read(self, window: Window) -> NDArray[Any]:
         """Labels (h, w) of a window of the scene, in the layer's type."""
+
+    def identity(self) -> list[object]:
+        """Plain values that differ where the labels do."""
 
 
 @dataclass(frozen=True)
@@ -96,6 +99,10 @@ class RasterLabels:
             out[raw == value] = index
         out[~covered] = IGNORE
         return out
+
+    def identity(self) -> list[object]:
+        """The file as it is now, and what its values mean."""
+        return [self.path, file_stamp(self.path), self.layer.classes, self.values, self.indexes]
 
     def _raw(self, window: Window) -> tuple[NDArray[Any], NDArray[np.bool_]]:
         import rasterio

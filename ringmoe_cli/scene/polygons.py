@@ -1,5 +1,6 @@
 """Polygon labels: burnt onto the scene's grid, window by window."""
 
+import hashlib
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -55,6 +56,14 @@ class PolygonLabels:
             dtype="uint8",
         )
         return np.asarray(burnt)
+
+    def identity(self) -> list[object]:
+        """A digest of the polygons, and what they mean."""
+        import shapely
+
+        whole = hashlib.sha256(b"".join(shapely.to_wkb(self.shapes)))
+        whole.update(self.indexes.tobytes())
+        return [whole.hexdigest(), self.layer.classes, self.outside]
 
 
 def open_polygons(path: Path, grid: Grid, wanted: Wanted) -> PolygonLabels:

@@ -207,6 +207,12 @@ def check_sizes(dataset: Any, path: str) -> None:
         )
 
 
+def file_stamp(path: str) -> list[int]:
+    """Size and time of change of a local file; tells whether it is still the same."""
+    file = Path(path)
+    return [file.stat().st_size, file.stat().st_mtime_ns] if file.is_file() else []
+
+
 def bytes_on_disk(path: str) -> int:
     """Size of a local file, or of the archive that it is in."""
     member = re.fullmatch(r"/vsizip/\{(.+)\}/.+", path)

@@ -22,7 +22,7 @@ from ringmoe_cli.scene import layout
 from ringmoe_cli.scene.chunks import UNFINISHED
 from ringmoe_cli.scene.grid import Window
 from ringmoe_cli.scene.labels import LabelSource
-from ringmoe_cli.scene.raster import open_raster
+from ringmoe_cli.scene.raster import file_stamp, open_raster
 from ringmoe_cli.scene.regions import (
     Region,
     Source,
@@ -153,19 +153,15 @@ def fingerprint(sources: Sequence[Source], settings: Settings) -> str:
     """What decides the store's bytes: inputs with their sizes and times, and settings."""
     about = {
         "scenes": [asdict(s.scene) for s in sources],
-        "labels": [{t: repr(v) for t, v in s.labels.items()} for s in sources],
-        "files": {p: stamp(p) for s in sources for p in {b.path for b in s.scene.bands if b.path}},
+        "labels": [{t: v.identity() for t, v in s.labels.items()} for s in sources],
+        "files": {
+            p: file_stamp(p) for s in sources for p in {b.path for b in s.scene.bands if b.path}
+        },
         "tile": settings.tile,
         "skip_bad": settings.skip_bad,
         "min_valid": settings.min_valid,
     }
     return json.dumps(about, sort_keys=True, default=str)
-
-
-def stamp(path: str) -> list[int]:
-    """Size and time of change of a local file."""
-    file = Path(path)
-    return [file.stat().st_size, file.stat().st_mtime_ns] if file.is_file() else []
 
 
 def prepare(part: Path, sources: Sequence[Source], print_: str) -> None:
