@@ -119,10 +119,10 @@ def freeze(encoder: RingMoE) -> None:
         parameter.requires_grad_(".bypass." in name)
 
 
-def trainable_share(network: nn.Module) -> float:
-    """Trainable parameters over all parameters."""
+def parameters(network: nn.Module) -> tuple[int, int]:
+    """Number of trainable parameters, and of all."""
     sizes = [(p.numel(), p.requires_grad) for p in network.parameters()]
-    return sum(n for n, learns in sizes if learns) / max(sum(n for n, _ in sizes), 1)
+    return sum(n for n, learns in sizes if learns), sum(n for n, _ in sizes)
 
 
 def depth_scale(name: str, depths: Sequence[int], decay: float) -> float:

@@ -254,7 +254,11 @@ def in_whole_images(
     images = objects.whole_images(windows)
     if images:
         settings = objects.settings_of(network.task.window, device=request.device)
-        gathered.metric = objects.score_images(network, images, windows.normalisation, settings)
+        gathered.metric, judged = objects.score_images(
+            network, images, windows.normalisation, settings
+        )
+        request.output.mkdir(parents=True, exist_ok=True)
+        objects.draw_worst(judged, request.worst, request.output)
     return bool(images)
 
 

@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from model.adapt import depth_scale, encoder_for, freeze, insert_convpass
+from model.adapt import depth_scale, encoder_for, freeze, insert_convpass, parameters
 from model.batch import Batch
 from model.checkpoint import (
     CheckpointConfig,
@@ -71,6 +71,8 @@ def finetune(request: FinetuneRequest) -> dict[str, Any]:
     network = with_head(encoder, request, data)
     data.training.normalisation = data.held_out.normalisation = normalisation
     facts = provenance(request)
+    learned, total = parameters(network)
+    console.say(f"training {learned / 1e6:.2f} of {total / 1e6:.2f} M parameters")
     done = claim_run(request.output, facts, request.recipe.train.steps, request.overwrite)
     checkpoint = CheckpointConfig(
         model=encoder.config,
@@ -82,6 +84,7 @@ def finetune(request: FinetuneRequest) -> dict[str, Any]:
     )
     fit(network, data, request, checkpoint, done)
     scores = score(network.eval(), data.held_out.once(batch_size(request)), request.device)
+    warn_unseen(scores, network.task.classes)
     scores |= {"task": network.task.name, "class_names": network.task.classes}
     write_text(request.output / SCORES, as_text(plain(scores)))
     return scores
@@ -243,6 +246,14 @@ def fit(
     if step < config.steps:
         console.say(f"saved after step {step} of {config.steps}; the same command goes on")
         raise KeyboardInterrupt
+
+
+def warn_unseen(scores: dict[str, Any], classes: tuple[str, ...]) -> None:
+    """Say which classes nothing can be said about."""
+    support = scores.get("support_per_class", ())
+    unseen = [c for c, n in zip(classes, support, strict=False) if not n]
+    if unseen:
+        console.warn(f"no held-out label of {', '.join(unseen)}: nothing is known about them")
 
 
 def batch_size(request: FinetuneRequest) -> int:

@@ -85,7 +85,7 @@ class DataRequest:
     share: float = 0.2
     """Held out, where the data itself has no validation split."""
     validation: Path | None = None
-    """Held-out data of its own."""
+    """Held-out data of its own, or a .txt list of the held-out images' names."""
     modalities: tuple[str, ...] = ()
     """Which to use; one name also says what the images of a folder are."""
     bands: tuple[str, ...] | None = None
@@ -223,7 +223,9 @@ def in_folder(request: DataRequest) -> Found:
     from ringmoe_cli.scene.folder_images import FolderImage, Images, measure
 
     examples, names = found_examples(request, request.paths[0])
-    if request.validation:
+    if request.validation and request.validation.suffix == ".txt":
+        examples = listed(examples, request.validation)
+    elif request.validation:
         others, others_names = found_examples(request, request.validation)
         examples = [replace(e, split="train") for e in examples if e.split in ("", "train")]
         examples += [replace(e, split="val") for e in renumbered(others, others_names, names)]
@@ -232,6 +234,24 @@ def in_folder(request: DataRequest) -> Found:
     items = [FolderImage(e, images, classes) for e in examples]
     unit = "m" if request.task == "depth" else ""
     return Found(items, [e.split for e in examples], classes, measure, unit)
+
+
+def listed(examples: Sequence[Example], path: Path) -> list[Example]:
+    """Examples whose names a list gives are held out, the others are for training.
+
+    Raises:
+        LabelError: for a name in the list that is no example.
+    """
+    wanted = {Path(line.strip()).stem for line in path.read_text().splitlines() if line.strip()}
+    stems = {image_of(e).stem for e in examples}
+    if unknown := sorted(wanted - stems):
+        raise LabelError(f"{path} names {unknown[0]}, which is not among the images")
+    return [replace(e, split="val" if image_of(e).stem in wanted else "train") for e in examples]
+
+
+def image_of(example: Example) -> Path:
+    """The first file of an example."""
+    return next(iter(example.images.values()))[0]
 
 
 def found_examples(request: DataRequest, root: Path) -> tuple[list[Example], tuple[str, ...]]:

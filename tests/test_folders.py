@@ -300,3 +300,61 @@ def test_turns_are_the_symmetries_of_the_square(k):
     assert sorted(seen.ravel()) == list(range(12))
     assert len({turned(np.arange(9).reshape(3, 3), j).tobytes() for j in range(8)}) == 8
     assert Place(0, Window(0, 0, 1, 1)).item == 0
+
+
+def test_a_list_of_names_says_what_is_held_out(tmp_path):
+    for i in range(4):
+        image(tmp_path / f"images/tile_{i}.png")
+        image(tmp_path / f"masks/tile_{i}.png", value=1, mode="L")
+    (tmp_path / "val.txt").write_text("tile_2.png\ntile_3\n")
+    request = DataRequest(
+        [tmp_path], "segmentation", 32, classes="a,b", validation=tmp_path / "val.txt"
+    )
+    data = open_task_data(request)
+    held = {data.held_out.items[p.item].name for p in data.held_out.places}
+    assert held == {"tile_2", "tile_3"}
+    (tmp_path / "val.txt").write_text("tile_9\n")
+    with pytest.raises(LabelError, match=r"val.txt names tile_9, which is not among the images"):
+        open_task_data(request)
+
+
+def test_a_class_folder_of_the_held_out_data_is_matched_by_name(tmp_path):
+    class_folders(tmp_path / "a", classes=("field", "sea", "town"))
+    class_folders(tmp_path / "b", classes=("town",), count=2)
+    request = DataRequest([tmp_path / "a"], "classification", 32, validation=tmp_path / "b")
+    held = open_task_data(request).held_out
+    assert [held.items[p.item].example.label for p in held.places] == [2, 2]
+    class_folders(tmp_path / "b", classes=("moon",), count=2)
+    with pytest.raises(LabelError, match="class 'moon' is not among field, sea, town"):
+        open_task_data(request)
+
+
+def test_complex_images_are_mirrored_with_their_cross_polarisation_and_never_resized():
+    from model.normalisation import Normalisation
+
+    class Matrix(Drawn):
+        def __init__(self, side):
+            super().__init__(side, side)
+            self.channels = {"sar-l1": ("t11", "t13_re", "t22")}
+
+        def read(self, window):
+            return {"sar-l1": super().read(window)["opt"]}
+
+        def label(self, window):
+            return np.zeros((window.height, window.width), np.int64)
+
+    item = Matrix(32)
+    whole = Place(0, Window(0, 0, 32, 32))
+    windows = LabelledWindows([item], [whole], 32)
+    names = ("t11", "t13_re", "t22")
+    windows.normalisation = {"sar-l1": Normalisation(names, (0.0,) * 3, (1.0,) * 3)}
+    plain_, mirrored, quarter = (
+        windows.batch([whole], [k]).images["sar-l1"][0, 0] for k in (0, 4, 1)
+    )
+    assert (mirrored[0] == plain_[0].flip(-1)).all()
+    assert (mirrored[1] == -plain_[1].flip(-1)).all()
+    assert (quarter == plain_).all()  # no quarter turns
+    small = LabelledWindows([item], [whole], 16)
+    small.normalisation = windows.normalisation
+    with pytest.raises(LabelError, match=r"cannot be resized to 16; use --set task\.window=32"):
+        small.batch([whole])

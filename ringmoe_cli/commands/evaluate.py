@@ -11,8 +11,8 @@ from ringmoe_cli.options import Bands, Device, Json, ModalityName, Model, Output
 
 def evaluate(
     data: Annotated[
-        list[Path], typer.Argument(help="Tile stores, a labelled folder or CSV; or a map.")
-    ],
+        list[Path] | None, typer.Argument(help="Tile stores, a labelled folder or CSV; or a map.")
+    ] = None,
     model: Model = None,
     output: Output = None,
     split: Annotated[
@@ -26,6 +26,9 @@ def evaluate(
     ] = None,
     benchmark: Annotated[
         str | None, typer.Option(help="Read a published data set as downloaded, e.g. loveda.")
+    ] = None,
+    folder: Annotated[
+        Path | None, typer.Option("--data", help="The same as DATA, for one folder.")
     ] = None,
     modality: ModalityName = None,
     bands: Bands = None,
@@ -49,45 +52,50 @@ def evaluate(
 
     Examples:
         ringmoe evaluate tiles.zarr --model runs/seg
-        ringmoe evaluate LoveDA --benchmark loveda --split val --model runs/seg --json
+        ringmoe evaluate --benchmark loveda --data LoveDA --split val --model runs/seg --json
         ringmoe evaluate scene_segmentation.tif --labels reference.gpkg
         ringmoe evaluate EuroSAT --model runs/pre --knn 20
     """
-    from dataclasses import replace
-
     from ringmoe_cli.evaluation import EvaluateRequest
     from ringmoe_cli.evaluation import evaluate as run
     from ringmoe_cli.machine import chosen_device
     from ringmoe_cli.mapscore import score_map
+    from ringmoe_cli.probe import knn_probe
     from ringmoe_cli.scores import report
     from ringmoe_cli.taskdata import DataRequest
 
     console.State.quiet = quiet
-    if len(data) == 1 and data[0].is_file() and data[0].suffix.lower() in (".tif", ".tiff", ".vrt"):
+    paths = [*(data or []), *([folder] if folder else [])]
+    if not paths:
+        raise typer.BadParameter("no data: name a store, a labelled folder or a map")
+    if paths[0].is_file() and paths[0].suffix.lower() in (".tif", ".tiff", ".vrt"):
         if labels is None:
-            raise typer.BadParameter(f"{data[0]} is a map: pass its --labels")
-        folder = output or data[0].with_suffix(".evaluation")
-        report(score_map(data[0], labels, classes, folder), folder, as_json)
+            raise typer.BadParameter(f"{paths[0]} is a map: pass its --labels")
+        out = output or paths[0].with_suffix(".evaluation")
+        report(score_map(paths[0], labels, classes, out), out, as_json)
         return
     if model is None:
         raise typer.BadParameter(
             "no model: pass --model DIR or set RINGMOE_MODEL (ringmoe demo makes one)"
         )
     wanted = DataRequest(
-        paths=data, task="", size=0, labels=labels, classes=classes, benchmark=benchmark,
+        paths=paths, task=task, size=0, labels=labels, classes=classes, benchmark=benchmark,
         modalities=tuple(modality.split(",")) if modality else (),
         bands=tuple(bands.split(",")) if bands else None,
     )  # fmt: skip
+    where = chosen_device(device)
     if knn:
-        from ringmoe_cli.probe import knn_probe
-
-        pair = tuple(across.split(",")) if across else ()
-        if pair and len(pair) != 2:
-            raise typer.BadParameter(f"--across {across}: say two modalities, ms,sar-l2")
-        both = (pair[0], pair[1]) if pair else None
-        found = knn_probe(replace(wanted, task=task), model, knn, chosen_device(device), both)
-        report(found, model, as_json)
+        report(knn_probe(wanted, model, knn, where, pair_of(across)), model, as_json)
         return
-    folder = output or model / "evaluation"
-    request = EvaluateRequest(wanted, model, folder, split, chosen_device(device), batch, worst)
-    report(run(request), folder, as_json)
+    out = output or model / "evaluation"
+    report(run(EvaluateRequest(wanted, model, out, split, where, batch, worst)), out, as_json)
+
+
+def pair_of(text: str | None) -> tuple[str, str] | None:
+    """Two names of modalities, or nothing."""
+    if text is None:
+        return None
+    first, comma, second = text.partition(",")
+    if not comma or "," in second:
+        raise typer.BadParameter(f"--across {text}: say two modalities, ms,sar-l2")
+    return first, second

@@ -189,6 +189,7 @@ class LabelledWindows:
         valid: dict[str, torch.Tensor] = {}
         for m in modalities:
             parts = [self.normalised(m, r[m], k) for r, k in zip(read, ks, strict=True)]
+            self.check_size(m, parts[0][0], places[0])
             images[m] = torch.stack([self.fit(x) for x, _ in parts])
             mask = torch.stack([self.fit(v) for _, v in parts]) > 0.5
             if not mask.all():
@@ -205,6 +206,16 @@ class LabelledWindows:
         if turn >= 4 and MODALITIES[modality].polarimetric:
             x *= mirror_signs(self.channels[modality])[:, None, None]
         return x, turned(valid.astype(np.float32), turn)
+
+    def check_size(self, modality: str, values: NDArray[np.float32], place: Place) -> None:
+        """Complex images are never resized: that would change their power."""
+        side = min(values.shape[-2:])
+        if MODALITIES[modality].polarimetric and values.shape[-2:] != (self.size, self.size):
+            raise LabelError(
+                f"{self.items[place.item].name} is complex SAR of {values.shape[-2]} x "
+                f"{values.shape[-1]} pixels and cannot be resized to {self.size}; "
+                f"use --set task.window={side} and square images"
+            )
 
     def fit(self, array: NDArray[np.float32]) -> torch.Tensor:
         """(T, C, h, w) at the sample's size; only whole images need resizing."""
