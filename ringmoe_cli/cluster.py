@@ -16,6 +16,9 @@ R = TypeVar("R")
 AHEAD = 2
 """Tasks in flight per worker: enough to keep it busy, few enough to bound memory."""
 
+MOST_THREADS = 8
+"""Threads by default at most: each holds a region in memory."""
+
 LOST_RETRIES = 3
 """How often a task may lose its worker before the run is given up."""
 
@@ -31,7 +34,7 @@ class Engine:
     slurm: Mapping[str, str] = field(default_factory=dict)
     """Settings of a dask-jobqueue SLURMCluster, such as queue, cores, memory, walltime."""
     threads: int | None = None
-    """Threads, where threads do the work; None: one per core available."""
+    """Threads, where threads do the work; None: one per core available, up to `MOST_THREADS`."""
 
     @property
     def distributed(self) -> bool:
@@ -50,7 +53,7 @@ class Engine:
         )
 
     def _on_threads(self, function: Callable[[T], R], tasks: Iterable[T]) -> Iterator[R]:
-        count = self.threads or available_cores()
+        count = self.threads or min(available_cores(), MOST_THREADS)
         waiting = iter(tasks)
         with ThreadPoolExecutor(count) as pool:
             running: set[Future[R]] = set()

@@ -81,12 +81,18 @@ def test_the_store_holds_values_validity_and_statistics(scene, tmp_path):
     np.testing.assert_allclose(stored.valid_fractions, want, rtol=1e-6)
 
 
-@given(st.integers(1, 700), st.integers(1, 700), st.sampled_from([16, 64]), st.integers(1, 800))
+@given(
+    st.integers(1, 700),
+    st.integers(1, 700),
+    st.sampled_from([16, 64]),
+    st.integers(1, 130),
+    st.integers(1, 800),
+)
 @settings(deadline=None)
-def test_regions_are_whole_chunks_that_cover_once(height, width, tile, block):
+def test_regions_are_whole_chunks_that_cover_once(height, width, tile, tall_block, wide_block):
     seen = np.zeros((height, width), int)
     for row, col, tall, wide in regions.region_windows(
-        Grid(height, width), tile, 8, (1, min(block, width))
+        Grid(height, width), tile, 8, (tall_block, min(wide_block, width))
     ):
         assert row % tile == 0
         assert col % tile == 0
@@ -94,6 +100,21 @@ def test_regions_are_whole_chunks_that_cover_once(height, width, tile, block):
         assert (col + wide) % tile == 0 or col + wide == width
         seen[row : row + tall, col : col + wide] += 1
     assert (seen == 1).all()
+
+
+@pytest.mark.parametrize(
+    ("block", "pixel", "expected"),
+    [
+        ((512, 512), 8, (1024, 1024)),
+        ((1024, 1024), 20, (1024, 1024)),
+        ((1, 10980), 8, (256, 11008)),
+        ((700, 700), 8, (1280, 1280)),
+    ],
+)
+def test_regions_follow_the_blocks_of_the_file(monkeypatch, block, pixel, expected):
+    monkeypatch.setattr(regions, "REGION_BYTES", 16 * 2**20)
+    first = regions.region_windows(Grid(20000, 10980), 256, pixel, block)[0]
+    assert (first.height, first.width) == (expected[0], min(expected[1], 10980))
 
 
 def test_threads_do_not_change_a_byte(scene, tmp_path):

@@ -1,5 +1,6 @@
 """The unit of tiling: one region of one scene, read once, written once, and summed up."""
 
+import math
 import os
 import threading
 import zlib
@@ -20,8 +21,11 @@ from ringmoe_cli.scene.reader import SceneReader
 from ringmoe_cli.scene.scene import Scene
 from ringmoe_cli.scene.statistics import region_moments
 
-REGION_BYTES = 32 * 2**20
-"""Raw bytes of a region: large enough to amortise reading, small enough for several at once."""
+REGION_BYTES = 16 * 2**20
+"""Raw bytes of a region: large enough to amortise reading, small enough for many at once."""
+
+LARGEST_UNIT = 2048
+"""Regions are aligned to a file's blocks up to this side; larger blocks would cost memory."""
 
 
 @dataclass(frozen=True)
@@ -66,7 +70,8 @@ class Region:
 def region_windows(grid: Grid, tile: int, pixel_bytes: int, block: tuple[int, int]) -> list[Window]:
     """Regions that cover a scene in whole chunks, shaped after the file's blocks.
 
-    Strips are read in full rows, since a part of a strip costs the whole; tiles in squares.
+    Strips are read in full rows, since a part of a strip costs the whole; tiled files in squares
+    aligned to their blocks, since a part of a block costs the whole.
 
     Args:
         grid: the scene's grid.
@@ -74,14 +79,15 @@ def region_windows(grid: Grid, tile: int, pixel_bytes: int, block: tuple[int, in
         pixel_bytes: bytes of one pixel in all bands.
         block: rows and columns of a block of the file.
     """
-    chunks = max(1, REGION_BYTES // (pixel_bytes * tile * tile))
-    across = -(-grid.width // tile)
+    pixels = REGION_BYTES // pixel_bytes
     if block[1] >= grid.width:
-        columns, rows = across, max(1, chunks // across)
+        width = -(-grid.width // tile) * tile
+        height = max(1, pixels // (width * tile)) * tile
     else:
-        side = max(1, int(chunks**0.5))
-        columns, rows = side, max(1, chunks // side)
-    height, width = rows * tile, columns * tile
+        units = [math.lcm(tile, side) for side in block]
+        down, right = (u if u <= LARGEST_UNIT else tile for u in units)
+        height = max(1, math.isqrt(pixels) // down) * down
+        width = max(1, math.isqrt(pixels) // right) * right
     return [
         grid.clip(Window(row, col, height, width))
         for row in range(0, grid.height, height)
