@@ -7,10 +7,12 @@ object near that line is settled by suppression.
 
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
 
 import torch
 
-from model.boxes import Boxes, suppress
+from model.boxes import Boxes, iou_matrix, suppress
 from model.detection_metrics import AveragePrecision
 from model.normalisation import Normalisation
 from model.tasks.detection import SUPPRESS
@@ -19,8 +21,10 @@ from model.tasks.network import TaskNetwork
 from model.tasks.tracking import ClipScores
 from ringmoe_cli import console
 from ringmoe_cli.answers import Settings, lattice_of, sent
+from ringmoe_cli.opening import SURE
 from ringmoe_cli.scene.box_images import BoxScene
 from ringmoe_cli.scene.examples import LabelledWindows
+from ringmoe_cli.scene.grid import Window
 from ringmoe_cli.scene.stitch import Lattice
 from ringmoe_cli.scene.strips import Normalised, SkipBad, window_batches
 from ringmoe_cli.taskdata import Windows
@@ -115,28 +119,70 @@ def whole_images(windows: Windows) -> list[BoxScene]:
     return [i for i in chosen if isinstance(i, BoxScene)]
 
 
+@dataclass(frozen=True)
+class Judged:
+    """What was found in one image or frame."""
+
+    image: BoxScene
+    """The image, or the pair that holds the frame."""
+    date: int
+    """Which of the pair."""
+    found: Boxes
+    """In its pixels."""
+
+    @property
+    def truth(self) -> Boxes:
+        """What is labelled there."""
+        return self.image.boxes[self.date]
+
+    @property
+    def f1(self) -> float:
+        """F1 of the confident boxes at an overlap of one half; 1 where nothing is and is found."""
+        found = self.found[self.found.scores >= SURE]
+        truth = self.truth[~self.truth.ignored]
+        same = found.labels[:, None] == truth.labels[None]
+        near = (iou_matrix(found, truth) >= 0.5) & same
+        hits = min(int(near.any(0).sum()), int(near.any(1).sum()))
+        total = len(found) + len(truth)
+        return 2 * hits / total if total else 1.0
+
+
 def score_images(
     network: TaskNetwork,
     images: Sequence[BoxScene],
     normalisation: Mapping[str, Normalisation],
     settings: Settings,
-) -> Metric:
+) -> tuple[Metric, list[Judged]]:
     """The task's metric over whole images or clips, found as `ringmoe predict` finds them."""
-    metric = network.head.metric()
+    metric, judged = network.head.metric(), []
     if isinstance(metric, ClipScores):
         for clip, frames in clips_of(images).items():
             sources = [i.sources(normalisation)[t] for i, t in frames.values()]
             found = boxes_of_clip(network, sources, settings)
             for number, (image, t), boxes in zip(frames, frames.values(), found, strict=True):
                 metric.add(clip, number, boxes, image.boxes[t])
-        return metric
+                judged.append(Judged(image, t, boxes))
+        return metric, judged
     assert isinstance(metric, AveragePrecision)
     with console.progress(len(images), "detect", "images") as advance:
         for image in images:
             (boxes,) = boxes_of_scene(network, image.sources(normalisation)[0], settings)
             metric.add(boxes, image.boxes[0])
+            judged.append(Judged(image, 0, boxes))
             advance(1)
-    return metric
+    return metric, judged
+
+
+def draw_worst(judged: Sequence[Judged], count: int, folder: Path) -> None:
+    """Pictures of the images with the lowest F1, the worst first."""
+    from ringmoe_cli.scene.box_picture import save_boxes
+
+    for rank, one in enumerate(sorted(judged, key=lambda j: j.f1)[:count], 1):
+        grid = one.image.grid
+        read = one.image.read(Window(0, 0, grid.height, grid.width))
+        values, _ = next(iter(read.values()))[one.date]
+        found = one.found[one.found.scores >= SURE]
+        save_boxes(folder / f"worst_{rank}.png", values, found, one.truth)
 
 
 def clips_of(images: Sequence[BoxScene]) -> dict[str, dict[int, tuple[BoxScene, int]]]:

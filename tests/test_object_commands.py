@@ -61,6 +61,7 @@ def test_a_detector_learns_and_is_scored(still, tmp_path):
     assert found["split"] == "held-out"
     assert found["support_per_class"] == [1]
     assert (tmp_path / "evaluation.csv").is_file()
+    assert (tmp_path / "worst_1.png").is_file()
     everything = said(
         "evaluate", folder, "--model", run, "-o", tmp_path, "--modality", "opt", "--split", "all"
     )

@@ -162,6 +162,19 @@ def test_tiles_of_a_scene(tmp_path):
     assert table["class"].tolist() == ["dark", "bright", "dark", "dark"]
 
 
+def test_f1_of_an_image():
+    from ringmoe_cli.scene.box_images import BoxScene
+
+    truth = Boxes.from_corners([[0, 0, 10, 10], [20, 0, 30, 10], [40, 0, 50, 10]])
+    image = BoxScene(None, (truth,))
+    rows = [[0, 0, 10, 10], [1, 0, 11, 10], [20, 0, 30, 10], [60, 0, 70, 10], [40, 0, 50, 10]]
+    scores, labels = torch.tensor([0.9, 0.8, 0.9, 0.9, 0.1]), torch.tensor([0, 0, 1, 0, 0])
+    found = Boxes.from_corners(rows, scores=scores, labels=labels)
+    assert objects.Judged(image, 0, found).f1 == pytest.approx(2 * 1 / (4 + 3))
+    assert objects.Judged(image, 0, truth).f1 == 1
+    assert objects.Judged(BoxScene(None, (Boxes.empty(),)), 0, Boxes.empty()).f1 == 1
+
+
 def test_windows_answer_for_their_own_middle():
     from ringmoe_cli.scene.stitch import Lattice
 
