@@ -132,8 +132,11 @@ def evaluate(request: EvaluateRequest) -> dict[str, Any]:
     """
     network, config = load_task_network(request.model)
     assert config.task is not None
-    data = replace(request.data, task=config.task.name, size=config.task.window,
-                   rotated=config.task.rotated)  # fmt: skip
+    task = config.task
+    data = replace(
+        request.data, task=task.name, size=task.window, rotated=task.rotated,
+        modalities=request.data.modalities or task.modalities,
+    )  # fmt: skip
     windows, names, split = chosen_windows(replace(request, data=data), config)
     table = translation(names, config.task.classes)
     windows.normalisation = fitting(config, windows)
@@ -158,10 +161,8 @@ def chosen_windows(
 
     Data that the model was trained on is scored on its held-out part, never on what it has seen.
     """
-    trained_on = [str(Path(p)) for p in config.provenance.get("data", [])]
-    same = [str(p) for p in request.data.paths] == trained_on
-    seed = config.provenance.get("recipe", {}).get("train", {}).get("seed", request.data.seed)
-    data = replace(request.data, seed=seed)
+    same = [str(p) for p in request.data.paths] == config.provenance.get("data", [])
+    data = as_trained(request.data, config.provenance) if same else request.data
     if data.task in BOXES and config.task and not data.classes:
         data = replace(data, classes=",".join(config.task.classes))
     if data.task == "segmentation" and not data.classes and not data.benchmark:
@@ -174,6 +175,18 @@ def chosen_windows(
         console.warn("the model was trained on part of this data: --split all flatters it")
     windows, classes = open_windows(data, split)
     return windows, classes.names, split
+
+
+def as_trained(data: DataRequest, provenance: Mapping[str, Any]) -> DataRequest:
+    """The request with what decided the split in training: seed, labels, held-out data."""
+    seed = provenance.get("recipe", {}).get("train", {}).get("seed", data.seed)
+    validation, labels = provenance.get("validation"), provenance.get("labels")
+    return replace(
+        data,
+        seed=seed,
+        validation=Path(validation) if validation else None,
+        labels=data.labels or (Path(labels) if labels else None),
+    )
 
 
 def names_for(data: DataRequest, config: CheckpointConfig) -> str | None:

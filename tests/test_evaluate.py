@@ -243,3 +243,19 @@ def test_map_scores_agree_with_scikit_learn(tmp_path):
     counts = confusion_matrix(truth.ravel(), answer.ravel())
     assert scores["support_per_class"] == counts.sum(1).tolist()
     assert scores["accuracy"] == pytest.approx(np.trace(counts) / counts.sum())
+
+
+def test_training_data_with_other_held_out_data_is_scored_on_that(store, scene, tmp_path):
+    other = tmp_path / "other.zarr"
+    assert run("tile", scene["ms"], "-o", other, "--labels", scene["labels"]).exit_code == 0
+    provenance = {"data": [str(store)], "validation": str(other)}
+    model = save_model(tmp_path / "seg", seg_task(), provenance)
+    said = evaluated(store, model, tmp_path / "e")["scores"]
+    assert (said["split"], said["pixels"]) == ("held-out", 128 * 128)
+
+
+def test_a_store_may_hold_more_modalities_than_the_model_reads(scene, model, tmp_path):
+    both = tmp_path / "both.zarr"
+    tiled = run("tile", scene["opt"], scene["ms"], "-o", both, "--labels", scene["labels"])
+    assert tiled.exit_code == 0, tiled.output
+    assert evaluated(both, model, tmp_path / "e")["scores"]["pixels"] == 128 * 128
