@@ -196,7 +196,8 @@ def finished(run: Path, steps: int) -> bool:
 
 def predict(held_out: SimulatedScene, folder: Path) -> Path:
     """Map the held-out multi-spectral scene."""
-    from ringmoe_cli.maps import Wish, load_mapper
+    from ringmoe_cli.maps import load_mapper
+    from ringmoe_cli.opening import Wish
     from ringmoe_cli.scene.simulate import write_scene
 
     scenes = folder / "held_out"
@@ -216,7 +217,7 @@ def judge(
     from ringmoe_cli.scene.spectra import COVERS
 
     maps = {"ringmoe": read_raster(path)[0], **rivals(training, held_out)}
-    scores = {name: score(guess, held_out.labels) for name, guess in maps.items()}
+    scores = {name: score_map(guess, held_out.labels, len(COVERS)) for name, guess in maps.items()}
     write_picture(folder / PICTURE, held_out, maps["ringmoe"], scores)
     report = {
         "seed": seed,
@@ -248,14 +249,13 @@ def rivals(training: SimulatedScene, held_out: SimulatedScene) -> dict[str, Clas
     }
 
 
-def score(guess: Classes, truth: Classes) -> dict[str, Any]:
-    """MIoU, accuracy and IoU per class."""
+def score_map(guess: Classes, truth: Classes, classes: int) -> dict[str, Any]:
+    """MIoU, accuracy and IoU per class over the labelled pixels."""
     import torch
 
     from model.metrics import ConfusionMatrix
-    from ringmoe_cli.scene.spectra import COVERS
 
-    confusion = ConfusionMatrix(len(COVERS))
+    confusion = ConfusionMatrix(classes)
     confusion.update(torch.from_numpy(guess.astype(np.int64)), torch.from_numpy(truth))
     found = confusion.compute()
     return {key: found[key] for key in ("miou", "accuracy", "iou_per_class")}

@@ -6,7 +6,7 @@ import shutil
 import numpy as np
 import pytest
 
-from ringmoe_cli.demo import DemoRequest, demo, divide, rivals, score, width_of
+from ringmoe_cli.demo import DemoRequest, demo, divide, rivals, score_map, width_of
 from ringmoe_cli.errors import OutputExistsError, RingmoeError
 from ringmoe_cli.scene.baselines import linear_map, majority_map, with_neighbourhood
 from ringmoe_cli.scene.simulate import read_raster, simulate_scene
@@ -47,7 +47,7 @@ def test_scores_are_those_of_the_files(finished):
     guess = read_raster(folder / "map.tif")[0]
     truth = read_raster(folder / "held_out" / "landcover.tif")[0]
     assert guess.shape == truth.shape == (256, 128)
-    assert score(guess, truth) == report["scores"]["ringmoe"]
+    assert score_map(guess, truth, 6) == report["scores"]["ringmoe"]
 
 
 def test_a_finished_demo_is_kept(finished):

@@ -31,7 +31,7 @@ SAR_SCALE = 1e-4
 """Amplitude (square root of sigma-nought) per digital number of the SAR-L2 scene."""
 SHADING = 0.08
 """Standard deviation of log illumination over the slopes, common to all bands."""
-GRAIN = 0.7
+GRAIN = 1.2
 """Smoothing scale in pixels of the texture within a surface."""
 NEIGHBOURHOOD = 14.0
 """Smoothing scale in pixels of what woods, lakes and towns have in common."""
