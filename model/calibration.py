@@ -1,7 +1,7 @@
 """Calibration chips on their way through parent and student, one layer at a time.
 
 The student's tokens go through the layers already fitted, the parent's through its own; every
-layer is fitted to lead the student back to the parent, so that errors do not pile up.
+layer also leads the student half the way back to the parent, so that errors do not pile up.
 """
 
 import json
@@ -26,6 +26,8 @@ from model.shards import Files, Spec, read_header, write_shard
 
 IMAGES = 32
 """Chips that go through a block at once."""
+BACK = 0.5
+"""Share of the distance to the parent's tokens that a layer takes back."""
 
 Grids = dict[str, Tensor]
 """Modality -> (B, H, W, D) tokens of all chips."""
@@ -116,7 +118,7 @@ class Calibration:
             ahead = {m: forward(parent, m, x) for m, x in self.parent.items()}
             seen = {m: attended(parent, x) for m, x in self.student.items()}
         train = {m: flat(x[: self.first(x)]) for m, x in seen.items()}
-        wanted = joined({m: flat((ahead[m] - x)[: self.first(x)]) for m, x in seen.items()})
+        wanted = self.goal(task, train, ahead)
         ffn = self.imitate(starts(parent.moe), train, wanted, task, self.settings)
         with torch.no_grad():
             self.measure(layer, task, ffn, seen, ahead)
@@ -125,6 +127,13 @@ class Calibration:
             if block == self.plan.source.depths[stage] - 1:
                 self.merge(stage)
         return ffn
+
+    @torch.no_grad()
+    def goal(self, task: Task, train: Tokens, ahead: Grids) -> Tensor:
+        """What the layer should say: the parent layer's answer, and a way back to the parent."""
+        own: Tensor = task.norm(task.parent(train))
+        there = joined({m: flat(x[: self.first(x)]) for m, x in ahead.items()})
+        return own + BACK * (there - joined(train) - own)
 
     def remember(self, path: Path) -> None:
         """Write down the last layer and where the chips are."""

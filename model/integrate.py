@@ -23,6 +23,8 @@ Answer = Callable[[Tokens], Tensor]
 
 RIDGE = 1e-3
 """Penalty of the ridge regression, over the mean square of its inputs."""
+BETWEEN = 4
+"""One in so many tokens of a batch is mixed with another."""
 CHECKED = 1 / 8
 """Share of the tokens that only check."""
 CHECKS = 10
@@ -37,7 +39,7 @@ class FitSettings:
     """Of gradient descent, per layer."""
     batch: int = 2048
     """Tokens of a step; never more than a quarter of the tokens."""
-    rate: float = 0.02
+    rate: float = 0.03
     """Largest step of Adam, over the spread of each matrix; it falls to 0 as a cosine."""
     between: float = 0.3
     """Weight of tokens between two real ones, where the parent is asked anew."""
@@ -200,7 +202,8 @@ def miss(
     beside = None if lesson.beside is None else lesson.beside[place]
     loss = (task.output(ffn, real, beside) - lesson.wanted[place]).square().mean()
     if settings.between:
-        halfway = mixed(real, generator)
+        few = {name: x[: -(-len(x) // BETWEEN)] for name, x in real.items()}
+        halfway = mixed(few, generator)
         with torch.no_grad():
             answer = task.norm(task.parent(halfway))
         guess = task.output(ffn, halfway)

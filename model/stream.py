@@ -29,10 +29,10 @@ def streamed_encoder(path: Path | str, modalities: tuple[str, ...] | None = None
 
 
 def stream_blocks(module: nn.Module, path: Path | str, prefix: str = "") -> None:
-    """Load a module built on the meta device, but for its blocks, which are fetched when called.
+    """Load a module, but for its encoder's blocks, which are fetched when they are called.
 
     Args:
-        module: contains an encoder's blocks; for inference only.
+        module: an encoder built on the meta device, or a network around one; inference only.
         path: the checkpoint.
         prefix: put before the module's own names, as in `load_module`.
     """
@@ -45,7 +45,10 @@ def stream_blocks(module: nn.Module, path: Path | str, prefix: str = "") -> None
     own = nn.Module()
     for name, parameter in module.named_parameters(recurse=False):
         own.register_parameter(name, parameter)
-    if list(own.parameters()):
+    for name, buffer in module.named_buffers(recurse=False):
+        kept = name not in module._non_persistent_buffers_set
+        own.register_buffer(name, buffer, persistent=kept)
+    if own.state_dict():
         load_module(path, own, prefix)
         for name, parameter in own.named_parameters():
             setattr(module, name, parameter)

@@ -107,6 +107,7 @@ def load_mapper(
     overlap: float = 0.25,
     batch: int | None = None,
     flips: bool = False,
+    streamed: bool = False,
 ) -> Mapper:
     """Load a fine-tuned model and make it ready.
 
@@ -117,7 +118,7 @@ def load_mapper(
     use_memory_steadily()
     from model.tasks.network import load_task_network
 
-    network, config = load_task_network(directory)
+    network, config = load_task_network(directory, streamed)
     assert config.task is not None
     where = chosen_device(device)
     side = window or config.task.window
@@ -126,7 +127,10 @@ def load_mapper(
         raise RingmoeError(
             f"--window {side} with --overlap {overlap} leaves no step between windows"
         )
-    return Mapper(network.to(where), config, model_identity(directory), settings, wish)
+    if streamed and where != "cpu":
+        raise RingmoeError("--stream keeps the model on disk and works on the CPU; leave --device")
+    network = network if streamed else network.to(where)
+    return Mapper(network, config, model_identity(directory), settings, wish)
 
 
 def output_path(path: str, name: str, task: str, output: Path | None, suffix: str = ".tif") -> Path:

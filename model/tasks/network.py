@@ -13,6 +13,7 @@ from model.checkpoint import CheckpointConfig, load_module, read_config
 from model.config import ModelConfig, TaskConfig
 from model.encoder import Encoding, RingMoE
 from model.router import LayerRouting, balance_loss
+from model.stream import stream_blocks
 from model.tasks import TASKS
 
 
@@ -117,7 +118,9 @@ class TaskNetwork(nn.Module):
         weights = {m: self.weight(m, batch) for m in features}
         if self.training and self.modality_dropout and len(weights) > 1:
             weights = hide_modalities(weights, self.modality_dropout)
-        return self.head(fuse(features, weights), (first.shape[-2], first.shape[-1]))
+        kind = next(self.head.parameters()).dtype
+        fused = [stage.to(kind) for stage in fuse(features, weights)]
+        return self.head(fused, (first.shape[-2], first.shape[-1]))
 
     def weight(self, modality: str, batch: Batch) -> Tensor:
         """1 where the modality has a valid pixel, (B·T, 1, H, W) float."""
@@ -174,8 +177,16 @@ def hide_modalities(weights: dict[str, Tensor], chance: float) -> dict[str, Tens
     }
 
 
-def load_task_network(path: Path | str) -> tuple[TaskNetwork, CheckpointConfig]:
+def load_task_network(
+    path: Path | str, streamed: bool = False
+) -> tuple[TaskNetwork, CheckpointConfig]:
     """A fine-tuned network in eval mode, and what its checkpoint says about it.
+
+    Only the task's modalities are read, straight into memory in the checkpoint's dtypes.
+
+    Args:
+        path: the checkpoint.
+        streamed: leave the encoder's blocks on disk; each is fetched when it is called.
 
     Raises:
         ValueError: if the checkpoint is none, damaged, or has no task head.
@@ -183,10 +194,14 @@ def load_task_network(path: Path | str) -> tuple[TaskNetwork, CheckpointConfig]:
     config = read_config(path)
     if config.task is None:
         raise ValueError(
-            f"{path} has an encoder but no task head; "
-            f"run `ringmoe finetune --init {path}` first"
+            f"{path} has an encoder but no task head; run `ringmoe finetune --init {path}` first"
         )
-    network = TaskNetwork(RingMoE(config.model), config.task)
+    with torch.device("meta"):
+        encoder = RingMoE(config.model.with_modalities(config.task.modalities))
+    network = TaskNetwork(encoder, config.task)
     insert_convpass(network.encoder, config.task.adapter)
-    load_module(path, network)
+    if streamed:
+        stream_blocks(network, path)
+    else:
+        load_module(path, network)
     return network.eval(), config

@@ -70,6 +70,9 @@ def predict(
     score: Annotated[
         float, typer.Option(min=0, max=1, help="Least confidence of a box (detection models).")
     ] = 0.3,
+    stream: Annotated[
+        bool, typer.Option("--stream", help="Read a model larger than memory layer by layer.")
+    ] = False,
     device: Device = "auto",
     allow_remote: AllowRemote = False,
     as_json: Json = False,
@@ -106,7 +109,9 @@ def predict(
         allow_remote=allow_remote, skip_bad=skip_bad, beside=tuple(beside or ()), before=before,
         gsd=gsd, no_resample=no_resample, sure=score,
     )  # fmt: skip
-    mapper = maps.load_mapper(Path(model), wish, device, window, overlap, batch, tta == "flips")
+    mapper = maps.load_mapper(
+        Path(model), wish, device, window, overlap, batch, tta == "flips", stream
+    )
     paths = list(maps.scene_list(scenes))
     if mapper.task.name == "tracking":
         done = object_maps.list_clip(mapper, paths)
