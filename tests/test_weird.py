@@ -265,6 +265,30 @@ def test_no_file_makes_a_network_request(tmp_path, listener):
     assert listener.seen
 
 
+SIDE_FILE = """<PAMDataset>{}<PAMRasterBand band="1">{}</PAMRasterBand></PAMDataset>"""
+ITEM = """<Metadata domain="OVERVIEWS"><MDI key="{}">{}</MDI></Metadata>"""
+
+
+@pytest.mark.parametrize("key", ["OVERVIEW_FILE", "MASK_FILE"])
+@pytest.mark.parametrize("target", ["/vsicurl/{}", "{}", "/etc/passwd"])
+@pytest.mark.parametrize("where", ["side file", "band", "tag", "source of a vrt"])
+def test_metadata_that_name_other_files_are_refused(tmp_path, listener, key, target, where):
+    item = ITEM.format(key, target.format(listener.url))
+    path = write_raster(tmp_path / "s.tif", noise(1, 10, 20, "uint8"), names=("red",))
+    if where == "tag":
+        with rasterio.open(path, "r+") as out:
+            out.update_tags(ns="OVERVIEWS", **{key: target.format(listener.url)})
+    else:
+        side = SIDE_FILE.format("", item) if where == "band" else SIDE_FILE.format(item, "")
+        path.with_name("s.tif.aux.xml").write_text(side)
+    if where == "source of a vrt":
+        path = tmp_path / "s.vrt"
+        path.write_text(VRT.format(relative=1, source="s.tif"))
+    with pytest.raises(SceneError, match=rf"s\.tif names .* as its {key}"):
+        open_scene(path, modality="ms", bands=["red"])
+    assert not listener.seen
+
+
 def test_declared_sizes_and_blocks_are_checked_before_reading(tmp_path):
     huge = tmp_path / "huge.tif"
     with rasterio.open(

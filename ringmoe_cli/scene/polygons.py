@@ -2,6 +2,7 @@
 
 import hashlib
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -45,8 +46,8 @@ class PolygonLabels:
         part_bounds = (
             bounds(part) if part.has_transform else (x, y, x + part.width, y + part.height)
         )
-        near = shapely.intersects(self.shapes, shapely.box(*part_bounds))
-        if not near.any():
+        near = np.sort(self.tree.query(shapely.box(*part_bounds), predicate="intersects"))
+        if not near.size:
             return np.full((window.height, window.width), self.outside, np.uint8)
         burnt = rasterize(
             list(zip(self.shapes[near], self.indexes[near].tolist(), strict=True)),
@@ -56,6 +57,13 @@ class PolygonLabels:
             dtype="uint8",
         )
         return np.asarray(burnt)
+
+    @cached_property
+    def tree(self) -> Any:
+        """The polygons by place."""
+        import shapely
+
+        return shapely.STRtree(self.shapes)
 
     def identity(self) -> list[object]:
         """A digest of the polygons, and what they mean."""

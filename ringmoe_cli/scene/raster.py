@@ -73,6 +73,8 @@ def open_raster(path: str, *, allow_remote: bool = False) -> Any:
         except RasterioError as error:
             raise SceneError(f"{path} cannot be opened: {one_line(error)}") from error
     try:
+        if not allow_remote:
+            check_side_files(dataset, path)
         check_sizes(dataset, path)
     except SceneError:
         dataset.close()
@@ -154,7 +156,7 @@ def check_vrt(path: Path, *, allow_remote: bool, seen: frozenset[Path] = frozens
         if inner.startswith(b"<VRTDataset"):
             check_vrt(target, allow_remote=False, seen=seen | {path.resolve()})
         else:
-            driver_of(target)
+            open_raster(str(target)).close()
 
 
 def vrt_sources(path: Path) -> list[str]:
@@ -179,6 +181,18 @@ def vrt_sources(path: Path) -> list[str]:
         elif tag in ("pixelfunctioncode", "processingsteps", "group"):
             raise SceneError(f"{path} is a VRT with <{element.tag}>, which is not read")
     return found
+
+
+def check_side_files(dataset: Any, path: str) -> None:
+    """Refuse metadata that name overviews or masks in other files: GDAL would open any of them.
+
+    Raises:
+        SceneError: naming the file.
+    """
+    for band in (0, *dataset.indexes):
+        for key, value in dataset.tags(band, ns="OVERVIEWS").items():
+            if key in ("OVERVIEW_FILE", "MASK_FILE"):
+                raise SceneError(f"{path} names {value} as its {key}; pass --allow-remote to allow")
 
 
 def check_sizes(dataset: Any, path: str) -> None:
