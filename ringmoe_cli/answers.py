@@ -20,7 +20,7 @@ from ringmoe_cli.scene.product import Rows
 from ringmoe_cli.scene.stitch import Lattice, Stitcher
 from ringmoe_cli.scene.strips import Normalised, SkipBad, Windows, window_batches
 
-BATCH_PIXELS = 8 * 192 * 192
+BATCH_PIXELS = 6 * 192 * 192
 """Pixels per batch on a CPU: enough tokens per expert, and little memory."""
 GPU_BATCHES = 4
 """Times as many on a GPU."""
@@ -92,7 +92,7 @@ def predict_rows(
     stop = lattice.rows if stop is None else stop
     skip, clock = skip or SkipBad(), clock or Clock()
     windows = window_batches(source, lattice, settings.batch, first, stop, skip)
-    answers = ahead(forward(network, ahead(windows), settings, clock))
+    answers = ahead(forward(network, ahead(windows, 1), settings, clock), 1)
     stitcher = Stitcher(lattice.shrunk(settings.cell), channels, first)
     for some, dense in answers:
         yield from blend(stitcher, some, dense, settings.cell)

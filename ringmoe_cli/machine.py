@@ -6,11 +6,11 @@ import sys
 
 from ringmoe_cli.errors import RingmoeError
 
-GDAL_CACHE_MB = 128
-"""GDAL's block cache: a few rows of blocks of the widest scenes."""
-KEPT_BYTES = 1 << 30
+GDAL_CACHE_MB = 64
+"""GDAL's block cache, where a scene does not need more."""
+KEPT_BYTES = 16 << 20
 """Buffers up to this size are kept for the next batch instead of returned to the system."""
-TRIM_THRESHOLD, MMAP_THRESHOLD = -1, -3
+TRIM_THRESHOLD, MMAP_THRESHOLD, ARENA_MAX = -1, -3, -8
 """Parameters of glibc's mallopt."""
 
 
@@ -44,3 +44,4 @@ def use_memory_steadily() -> None:
         if hasattr(libc, "mallopt"):
             libc.mallopt(MMAP_THRESHOLD, KEPT_BYTES)
             libc.mallopt(TRIM_THRESHOLD, KEPT_BYTES)
+            libc.mallopt(ARENA_MAX, 1)  # what one thread frees, another may use

@@ -81,7 +81,7 @@ def predict_scene(
         done = finished_rows(part, bands)
         report.resumed_rows = bands.of(done - 1)[1] if done else 0
         fresh = map_rows(network, source, own, settings, product.channels, bands, done, skip, clock)
-        whole = saved(part, bands, done, (encode(product, rows) for rows in fresh))
+        whole = saved(part, bands, done, encoded(product, fresh))
         with maps(outputs, product, bands.grid, part.folder, options) as writers:
             for row, band in watched(whole, bands.lattice, done):
                 write_band(writers, report, row, band)
@@ -116,12 +116,12 @@ def map_rows(
         return
     begin = bands.begin(first)
     rows = predict_rows(network, source, settings, channels, begin, skip=skip, clock=clock)
+    if bands.same:
+        yield from rows
+        return
     for some in bands.regrid(rows, first):
-        if bands.same:
-            yield some
-        else:
-            window = Window(some.start, 0, some.dense.shape[1], own.grid.width)
-            yield replace(some, valid=skip.read(own, window).seen)
+        window = Window(some.start, 0, some.dense.shape[1], own.grid.width)
+        yield replace(some, valid=skip.read(own, window).seen)
 
 
 def finished_rows(part: Part, bands: Bands) -> int:
@@ -135,9 +135,12 @@ def finished_rows(part: Part, bands: Bands) -> int:
     return bands.lattice.rows
 
 
-def encode(product: Product, rows: Rows) -> tuple[int, Encoded]:
-    """First row of a band, and the band as it is stored."""
-    return rows.start, product.encode(rows)
+def encoded(product: Product, fresh: Iterator[Rows]) -> Iterator[tuple[int, Encoded]]:
+    """First row of each band, and the band as it is stored; lets go of the rows at once."""
+    for rows in fresh:
+        start, band = rows.start, product.encode(rows)
+        del rows
+        yield start, band
 
 
 def saved(

@@ -190,9 +190,6 @@ class Bands:
 
     def regrid(self, rows: Iterator[Rows], first: int) -> Iterator[Rows]:
         """Rows on the read grid -> rows of the map, from those of window row `first` on."""
-        if self.same:
-            yield from rows
-            return
         held: Rows | None = None
         number = self.begin(first)
         for fresh in rows:

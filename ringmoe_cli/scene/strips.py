@@ -15,6 +15,8 @@ from ringmoe_cli.scene.grid import Grid, Window
 from ringmoe_cli.scene.scene import Scene
 from ringmoe_cli.scene.stitch import Lattice
 
+PIECE = 2048
+"""Columns read and normalised at a time: a multiple of usual block widths, small beside a strip."""
 SMALLEST_BAD = 64
 """Side in pixels down to which unreadable places are narrowed."""
 
@@ -84,18 +86,19 @@ class Strip:
         some = stacked(list(self.valid.values()))  # (M, T, h, w)
         return np.asarray(some.any(axis=0).all(axis=0))
 
-    def below(self, other: "Strip", keep: int) -> "Strip":
-        """The last `keep` rows of this strip and, under them, another."""
-        if not keep:
-            return other
-
-        def join(above: NDArray[Any], under: NDArray[Any]) -> NDArray[Any]:
-            return np.concatenate([above[..., -keep:, :], under], axis=-2)
-
+    def rows_from(self, top: int) -> "Strip":
+        """The rows from `top` on, as views."""
         return Strip(
-            {m: join(x, other.images[m]) for m, x in self.images.items()},
-            {m: join(x, other.valid[m]) for m, x in self.valid.items()},
+            {m: x[..., top:, :] for m, x in self.images.items()},
+            {m: x[..., top:, :] for m, x in self.valid.items()},
         )
+
+    def fill(self, top: int, left: int, part: "Strip") -> None:
+        """Put a smaller strip in its place."""
+        for mine, its in ((self.images, part.images), (self.valid, part.valid)):
+            for m, values in its.items():
+                height, width = values.shape[-2:]
+                mine[m][..., top : top + height, left : left + width] = values
 
 
 @dataclass(frozen=True)
@@ -155,12 +158,16 @@ class Rows:
     def load(self, row: int) -> None:
         """Read what the strip does not share with the one above, and let that one go."""
         lattice = self.lattice
+        strip = empty_strip(self.source, lattice.window, lattice.padded_width)
         above = self.strips.pop(row - 1, None)
         known = lattice.overlap if above else 0
+        if above and known:
+            strip.fill(0, 0, above.rows_from(lattice.stride))
         top = row * lattice.stride + known
-        window = Window(top, 0, lattice.window - known, lattice.padded_width)
-        fresh = self.skip.read(self.source, window)
-        strip = above.below(fresh, known) if above else fresh
+        for left in range(0, lattice.padded_width, PIECE):
+            width = min(PIECE, lattice.padded_width - left)
+            window = Window(top, left, lattice.window - known, width)
+            strip.fill(known, left, self.skip.read(self.source, window))
         self.strips = {row: strip}
         start, end = lattice.finished(row)
         self.validity[row] = strip.seen[: end - start, : lattice.width]
@@ -190,18 +197,19 @@ class SkipBad:
                 raise
             if max(window.height, window.width) <= SMALLEST_BAD:
                 self.skipped.append(str(error))
-                return self.empty(source, window)
+                return empty_strip(source, window.height, window.width)
         return join_halves(window, *(self.read(source, half) for half in halves(window)))
 
-    def empty(self, source: Normalised, window: Window) -> Strip:
-        """An invalid window of the right shape."""
-        shape = (len(source.dates), window.height, window.width)
-        images, valid = {}, {}
-        for m in source.modalities:
-            channels = len(source.normalisation[m].bands)
-            images[m] = np.zeros((shape[0], channels, *shape[1:]), np.float32)
-            valid[m] = np.zeros(shape, np.bool_)
-        return Strip(images, valid)
+
+def empty_strip(source: Normalised, height: int, width: int) -> Strip:
+    """An invalid strip of the right shape."""
+    dates = len(source.dates)
+    images, valid = {}, {}
+    for m in source.modalities:
+        channels = len(source.normalisation[m].bands)
+        images[m] = np.zeros((dates, channels, height, width), np.float32)
+        valid[m] = np.zeros((dates, height, width), np.bool_)
+    return Strip(images, valid)
 
 
 def stacked(arrays: list[NDArray[Any]]) -> NDArray[Any]:
