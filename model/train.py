@@ -61,6 +61,8 @@ class TrainConfig:
     """Updates between two reports; `metrics.jsonl` has them all."""
     skip_nan: bool = False
     """Leave out an update whose loss or gradient is not finite instead of stopping."""
+    ep: int = 1
+    """Processes among which the experts of a branch are split; 1: each has them all."""
     recompute: bool = False
     """Forget the blocks' activations and compute them again for the gradient: less memory."""
 

@@ -138,7 +138,7 @@ def pretrain_together(request: PretrainRequest, who: Ranks) -> dict[str, Any]:
     )
     crew = ALONE
     if who.world > 1:
-        distribute(network, request.device, precision=config.precision)
+        distribute(network, request.device, config.ep, config.precision)
         crew = Crew(who.rank == 0, total, clip_grad_norm, (*model.modalities, "balance"))
     board = output / "tensorboard" if request.tensorboard else None
     watch = Watch(config, done, as_json=request.as_json, tensorboard=board)

@@ -1,6 +1,8 @@
 """Run folders: who may write where, what may be resumed, and how a run is asked to stop."""
 
+import fcntl
 import json
+import os
 import shutil
 import signal
 from collections.abc import Callable, Iterator, Mapping
@@ -16,7 +18,9 @@ from ringmoe_cli.errors import OutputExistsError, RingmoeError
 FACTS = "run.json"
 """What decides a run, written before its first step."""
 
-HARMLESS = {"step", "save_every", "keep_last", "keep_every", "log_every", "skip_nan"}
+HARMLESS = {
+    "step", "save_every", "keep_last", "keep_every", "log_every", "skip_nan", "recompute", "ep",
+}  # fmt: skip
 """Settings that may change between two parts of one run."""
 
 
@@ -37,6 +41,7 @@ def claim_run(output: Path, facts: Mapping[str, Any], steps: int, overwrite: boo
         RingmoeError: if an unfinished run has other settings; names the first that differs.
     """
     found = output / FACTS
+    hold(found)
     if output.exists() and not found.is_file() and (output.is_file() or any(output.iterdir())):
         raise OutputExistsError(output)
     done = TrainingState(output / "state").latest() if found.is_file() else 0
@@ -55,7 +60,34 @@ def claim_run(output: Path, facts: Mapping[str, Any], steps: int, overwrite: boo
         shutil.rmtree(output)
     output.mkdir(parents=True, exist_ok=True)
     write_text(found, json.dumps(facts, indent=1) + "\n")
+    hold(found)
     return 0
+
+
+def hold(facts: Path) -> None:
+    """Keep other processes out of a run folder until this one ends.
+
+    Raises:
+        RingmoeError: if another process is training there.
+    """
+    if not facts.is_file():
+        return
+    path = facts.resolve()
+    if path in HELD:
+        os.close(HELD.pop(path))
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        HELD[path] = handle
+    except BlockingIOError:
+        os.close(handle)
+        raise RingmoeError(f"another process is training in {facts.parent}") from None
+    except OSError:  # a file system without locks
+        os.close(handle)
+
+
+HELD: dict[Path, int] = {}
+"""Locks of this process, one open file each."""
 
 
 def first_difference(before: Any, now: Any, where: str = "") -> str:

@@ -131,6 +131,20 @@ def test_folder_with_something_else_is_never_replaced(tmp_path: Path) -> None:
     assert (tmp_path / "thesis.tex").exists()
 
 
+def test_two_processes_do_not_train_in_one_folder(tmp_path: Path) -> None:
+    claim_run(tmp_path, {}, 10, overwrite=False)
+    claim_run(tmp_path, {}, 10, overwrite=False)
+    again = "import pathlib, ringmoe_cli.runs as r; r.claim_run(pathlib.Path(), {}, 10, False)"
+    other = subprocess.run(
+        [sys.executable, "-P", "-c", again],
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert "another process is training in" in other.stderr
+
+
 def test_difference_names_the_innermost_key() -> None:
     assert first_difference({"a": {"b": [1, 2]}}, {"a": {"b": [1, 3]}}) == "a.b [1, 2], not [1, 3]"
     assert first_difference({"a": 1, "step": 3}, {"a": 1, "step": 9}) == ""

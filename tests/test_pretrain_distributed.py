@@ -1,0 +1,132 @@
+"""Runs on several processes: the same losses, and the same end after any accident."""
+
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from model.checkpoint import read_config
+from model.journal import Journal
+from ringmoe_cli.pretraining import simulated_stores
+from ringmoe_cli.ranks import free_port
+
+pytestmark = [pytest.mark.distributed, pytest.mark.timeout(900)]
+
+PROGRAM = Path(sys.executable).with_name("ringmoe")
+SMALL = (
+    "model.depths=[1,1,1,1]", "model.embed_dim=8", "model.image_size=32", "model.window=4",
+    "model.mask_cell=8", "train.batch_size=8", "train.save_every=5", "train.log_every=5",
+    "train.lr=1e-4",
+)  # fmt: skip
+CHILDREN = "/proc/{0}/task/{0}/children"
+
+
+@pytest.fixture(scope="module")
+def store(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("ringmoe_cli.pretraining.SIMULATED_SIZE", 96)
+        yield simulated_stores(tmp_path_factory.mktemp("simulated"))[0]
+
+
+def words(store: Path, output: Path, steps: int, *more: str) -> list[str]:
+    said = [w for change in (*SMALL, f"train.steps={steps}") for w in ("--set", change)]
+    return [str(PROGRAM), "pretrain", str(store), "-o", str(output), *said, *more]
+
+
+def start(command: list[str], **environment: str) -> subprocess.Popen[str]:
+    return subprocess.Popen(
+        command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+        env={**os.environ, "OMP_NUM_THREADS": "1", **environment},
+    )  # fmt: skip
+
+
+def finish(running: subprocess.Popen[str]) -> str:
+    _, err = running.communicate(timeout=600)
+    assert running.returncode == 0, err[-3000:]
+    return err
+
+
+def losses(folder: Path) -> list[float]:
+    rows = Journal(folder / "metrics.jsonl").rows()
+    assert [row["step"] for row in rows] == [*range(1, len(rows) + 1)]
+    return [row["loss"] for row in rows]
+
+
+def wait_for_steps(folder: Path, steps: int, running: subprocess.Popen[str]) -> None:
+    deadline = time.monotonic() + 300
+    while len(Journal(folder / "metrics.jsonl").rows()) < steps:
+        assert running.poll() is None, running.communicate()[1][-3000:]
+        assert time.monotonic() < deadline
+        time.sleep(0.1)
+
+
+def test_two_processes_train_as_one_and_resume_on_another_number(
+    store: Path, tmp_path: Path
+) -> None:
+    finish(start(words(store, tmp_path / "one", 12)))
+    running = start(words(store, tmp_path / "two", 12, "--nproc", "2"))
+    wait_for_steps(tmp_path / "two", 3, running)
+    running.send_signal(signal.SIGTERM)
+    _, err = running.communicate(timeout=120)
+    assert running.returncode == 130, err[-3000:]
+    assert "Traceback" not in err
+    done = int((tmp_path / "two" / "state" / "latest").read_text())
+    assert len(losses(tmp_path / "two")) == done
+    finish(start(words(store, tmp_path / "two", 12)))
+    assert losses(tmp_path / "two") == pytest.approx(losses(tmp_path / "one"), rel=1e-3)
+    assert read_config(tmp_path / "two").provenance["step"] == 12
+    assert Journal(tmp_path / "two" / "routing.jsonl").rows()[-1]["step"] == 12
+
+
+def test_tasks_of_srun_find_each_other(store: Path, tmp_path: Path) -> None:
+    slurm = {
+        "SLURM_NTASKS": "2", "SLURM_STEP_NODELIST": "localhost", "SLURM_JOB_ID": "7",
+        "MASTER_PORT": free_port(),
+    }  # fmt: skip
+    tasks = [
+        start(words(store, tmp_path, 6), SLURM_PROCID=str(n), SLURM_LOCALID=str(n), **slurm)
+        for n in range(2)
+    ]
+    for task in tasks:
+        finish(task)
+    assert len(losses(tmp_path)) == 6
+
+
+def test_failure_of_the_first_process_ends_all_with_one_line(store: Path, tmp_path: Path) -> None:
+    (tmp_path / "precious").write_text("not a run")
+    running = start(words(store, tmp_path, 6, "--nproc", "2"))
+    _, err = running.communicate(timeout=120)
+    assert running.returncode == 1
+    assert err.count("error:") == 1, err
+    assert "Traceback" not in err
+
+
+def test_killed_ranks_are_restarted_by_torchrun_and_the_end_is_the_same(
+    store: Path, tmp_path: Path
+) -> None:
+    steps, kills, draw = 60, 3, random.Random(1)
+    finish(start(words(store, tmp_path / "whole", steps)))
+    torchrun = [
+        sys.executable, "-P", "-m", "torch.distributed.run", "--nproc-per-node=2",
+        "--max-restarts=10", "--monitor-interval=0.1", "--rdzv-backend=c10d",
+        f"--rdzv-endpoint=127.0.0.1:{free_port()}", "--no-python", "--",
+    ]  # fmt: skip
+    folder = tmp_path / "killed"
+    command = [*torchrun, *words(store, folder, steps)]
+    running = start(command, TORCH_DISABLE_SHARE_RDZV_TCP_STORE="1")
+    for kill in range(kills):
+        wait_for_steps(folder, 12 * (kill + 1), running)
+        before = len(Journal(folder / "metrics.jsonl").rows())
+        ranks = Path(CHILDREN.format(running.pid)).read_text().split()
+        os.kill(int(draw.choice(ranks)), signal.SIGKILL)
+        latest = int((folder / "state" / "latest").read_text())
+        assert before - latest <= 2 * 5
+    finish(running)
+    assert losses(folder)[-1] == pytest.approx(losses(tmp_path / "whole")[-1], rel=0.02)
+    assert len(losses(folder)) == steps
