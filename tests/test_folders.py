@@ -358,3 +358,11 @@ def test_complex_images_are_mirrored_with_their_cross_polarisation_and_never_res
     small.normalisation = windows.normalisation
     with pytest.raises(LabelError, match=r"cannot be resized to 16; use --set task\.window=32"):
         small.batch([whole])
+
+
+def test_an_empty_class_folder_is_no_class_and_said_so(tmp_path, capsys):
+    class_folders(tmp_path)
+    (tmp_path / "desert").mkdir()
+    _, classes = find_examples(tmp_path, "classification")
+    assert classes == ("field", "town")
+    assert "no images in desert; not a class here" in capsys.readouterr().err

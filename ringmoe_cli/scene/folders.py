@@ -10,6 +10,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from ringmoe_cli import console
 from ringmoe_cli.errors import LabelError
 
 SUFFIXES = {
@@ -121,7 +122,12 @@ def class_names(folder: Path, layout: Layout) -> set[str]:
         return set()
     if not folder.is_dir():
         return set()
-    return {p.name for p in folder.iterdir() if p.is_dir() and has_images(p)}
+    folders = [p for p in sorted(folder.iterdir()) if p.is_dir() and not p.name.startswith(".")]
+    full = {p.name for p in folders if has_images(p)}
+    empty = [p.name for p in folders if p.name not in full]
+    if full and empty:
+        console.warn(f"{folder}: no images in {', '.join(empty)}; not a class here")
+    return full
 
 
 def has_images(folder: Path) -> bool:
