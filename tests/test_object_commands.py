@@ -5,7 +5,10 @@ import json
 import geopandas
 import numpy as np
 import pytest
+import rasterio
+import shapely
 from PIL import Image
+from rasterio.transform import Affine
 from typer.testing import CliRunner
 
 from ringmoe_cli.app import app
@@ -116,6 +119,40 @@ def test_clips(tmp_path):
     assert done["frames"] == 4
     assert (tmp_path / "t.txt").is_file()
     assert (tmp_path / "t.geojson").is_file()
+
+
+def test_polygons_over_a_tile_store(tmp_path):
+    """Rotated boxes from a vector file in another coordinate system, on a scene of a store."""
+    pixels = np.random.default_rng(0).integers(0, 60, (3, 192, 192)).astype(np.uint8)
+    place = Affine(0.5, 0, 500_000, 0, -0.5, 4_000_000)
+
+    def to_ground(xy):
+        return np.stack([place.c + place.a * xy[:, 0], place.f + place.e * xy[:, 1]], 1)
+
+    outlines = []
+    for row in range(16, 180, 40):
+        for col in range(16, 180, 40):
+            square = shapely.Point(col, row).buffer(8, quad_segs=1)  # on its corner
+            outlines.append(shapely.transform(square, to_ground))
+            pixels[:, row - 4 : row + 4, col - 4 : col + 4] = 220
+    with rasterio.open(
+        tmp_path / "s.tif", "w", driver="GTiff", height=192, width=192, count=3, dtype="uint8",
+        crs="EPSG:32633", transform=place,
+    ) as out:  # fmt: skip
+        out.write(pixels)
+    table = geopandas.GeoDataFrame(
+        {"class": ["roof"] * len(outlines)}, geometry=outlines, crs="EPSG:32633"
+    )
+    table.to_crs("EPSG:4326").to_file(tmp_path / "roofs.geojson")
+    store, run = tmp_path / "tiles.zarr", tmp_path / "run"
+    assert ringmoe("tile", tmp_path / "s.tif", "-o", store, "--modality", "opt").exit_code == 0
+    more = ["--labels", tmp_path / "roofs.geojson", "--set", "task.rotated=true"]
+    said("finetune", store, "--task", "detection", "-o", run, *more, *SMALL)
+    scores = said("evaluate", store, "-m", run, "-o", tmp_path / "e", *more[:2])["scores"]
+    assert 0 < sum(scores["support_per_class"]) < len(outlines)
+    done = said("predict", tmp_path / "s.tif", "-m", run, "-o", tmp_path / "b.gpkg", "--score", 0)
+    assert geopandas.read_file(tmp_path / "b.gpkg").crs.to_epsg() == 32633
+    assert done["objects"].keys() == {"roof"}
 
 
 @pytest.mark.parametrize("task", ["detection", "tracking"])
