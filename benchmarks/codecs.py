@@ -17,7 +17,7 @@ import numpy as np
 import zarr
 from numcodecs import Blosc, Zstd, blosc
 
-from ringmoe_cli.scene.chunks import ChunkedArray
+from ringmoe_cli.scene.chunks import ChunkCache, ChunkedArray
 
 SIZE = 192
 WINDOWS = 300
@@ -98,7 +98,9 @@ def main() -> None:
         array = ChunkedArray.of(folder / f"{name}-{chunk}", "a")
         write = cpu(lambda a=array: a.write(0, 0, values))
         size = sum(p.stat().st_size for p in array.folder.iterdir())
-        cold = ChunkedArray(array.folder, cache_bytes=1)  # a large store is never in the cache
+        cold = ChunkedArray(
+            array.folder, cache=ChunkCache(1)
+        )  # a large store is never in the cache
         random = cpu(lambda a=cold: read_all(a, places(1))) / WINDOWS
         fresh = ChunkedArray.of(folder / f"{name}-{chunk}", "a")
         row = cpu(lambda a=fresh: read_all(a, runs(1))) / len(runs(1))

@@ -13,7 +13,7 @@ from ringmoe_cli.errors import StoreError
 from ringmoe_cli.scene.augment import Turn, mirror_signs, resized, turned
 from ringmoe_cli.scene.chips import ChipDataset
 from ringmoe_cli.scene.grid import Window
-from ringmoe_cli.scene.loader import mix, pretraining_batches, store_normalisation
+from ringmoe_cli.scene.loader import grid_batches, mix, pretraining_batches, store_normalisation
 from ringmoe_cli.scene.radiometry import span_db
 from ringmoe_cli.scene.reader import SceneReader
 from ringmoe_cli.scene.sensors import open_scene
@@ -162,6 +162,21 @@ def test_an_epoch_visits_every_place_once(tiled, norms):
     assert len(set(keys)) > 0.9 * len(keys)
     again = [data.sample(len(data) + i).key for i in range(len(data))]
     assert again != keys
+
+
+def test_a_grid_visits_every_window_as_it_is(tiled, norms):
+    paths, store = tiled
+    drawn = list(grid_batches([store], norms, size=SIDE, batch_size=7))
+    keys = [k for b in drawn for k in b.keys]
+    assert len(set(keys)) == len(keys)
+    assert [k for k in keys if k.startswith("opt:")] == [
+        f"opt:{r}:{c}" for r in range(0, 130, SIDE) for c in range(0, 140, SIDE)
+    ]
+    with SceneReader(open_scene(paths["opt"])) as reader:
+        values, valid = reader.physical(Window(0, 128, SIDE, SIDE))
+    want = norms["opt"].apply(values, valid[None])
+    np.testing.assert_array_equal(drawn[0].images["opt"][4, 0], want)
+    assert not any(k == "sar-l2:0:128" for k in keys)
 
 
 def test_empty_places_and_dark_amplitude_chips_are_left_out(tiled, norms):

@@ -14,7 +14,7 @@ from rasterio.transform import Affine
 from rasters import noise, write_raster
 
 from ringmoe_cli.errors import StoreError
-from ringmoe_cli.scene.chunks import ChunkedArray
+from ringmoe_cli.scene.chunks import ChunkCache, ChunkedArray
 from ringmoe_cli.scene.grid import ControlPoint, Grid
 from ringmoe_cli.scene.layout import add
 from ringmoe_cli.scene.scene import Band, Scene
@@ -154,11 +154,22 @@ def test_chunks_read_and_write_as_zarr_does(chunked, data):
 
 def test_the_cache_forgets_but_does_not_lie(chunked):
     values, ours, _ = chunked
-    small = ChunkedArray(ours.folder, cache_bytes=2 * 32 * 32 * 2 * 2)
+    small = ChunkedArray(ours.folder, cache=ChunkCache(2 * 32 * 32 * 2 * 2))
     for _ in range(2):
         for row in range(0, 64, 16):
             np.testing.assert_array_equal(small.read(row, 0, 16, 90), values[:, row : row + 16])
-    assert len(small._cache) <= 2
+    assert len(small.cache.kept) <= 2
+    assert small.cache.bytes <= small.cache.limit
+
+
+def test_an_overwritten_store_is_read_anew(tmp_path):
+    for value in (1, 2):
+        folder = tmp_path / "a.zarr"
+        group = zarr.create_group(folder, zarr_format=2, overwrite=True)
+        add(group, "a", ("y", "x"), (32, 32), "uint8", (32, 32))
+        array = ChunkedArray.of(folder, "a")
+        array.write(0, 0, np.full((32, 32), value, np.uint8))
+        assert (array.read(0, 0, 32, 32) == value).all()
 
 
 def test_chunks_never_written_read_as_fill(tmp_path):

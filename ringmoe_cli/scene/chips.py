@@ -91,6 +91,12 @@ class ChipDataset(Dataset[Chip]):
         nothing = np.zeros_like(valid)  # contributes nothing to any loss
         return self.chip(number, crop, (values, nothing), turn)
 
+    def cell(self, number: int) -> Chip:
+        """Cell `number` as it is: a window of the grid that tiles the scenes, never moved."""
+        scene, window = self.cells[number]
+        side = Window(window.row, window.col, self.size, self.size)
+        return self.chip(scene, side, self.scenes[scene].physical(side), Turn())
+
     def crop_side(self, rng: np.random.Generator) -> int:
         """Side of the crop that becomes a chip."""
         if self.resize is None:

@@ -7,18 +7,49 @@ few of them and zarr's machinery costs several times their decoding. The tests c
 import os
 import threading
 from collections import OrderedDict
+from collections.abc import Hashable
 from pathlib import Path
 from typing import Any, Self
 
 import numpy as np
 from numpy.typing import NDArray
 
-CACHE_BYTES = 64 * 2**20
-"""Decoded chunks kept per array and process: enough for runs of neighbouring windows."""
+CACHE_BYTES = 128 * 2**20
+"""Decoded chunks kept per process, whatever the number of arrays: enough for runs of neighbours."""
 
 
 UNFINISHED = ".part"
 """Ending of files that a killed writer may leave behind."""
+
+
+class ChunkCache:
+    """Decoded chunks used lately, up to some bytes; safe from any thread."""
+
+    def __init__(self, limit: int) -> None:
+        self.limit = limit
+        self.kept: OrderedDict[Hashable, NDArray[Any]] = OrderedDict()
+        self.bytes = 0
+        self.lock = threading.Lock()
+
+    def get(self, key: Hashable) -> NDArray[Any] | None:
+        """The chunk, if it is kept."""
+        with self.lock:
+            if key in self.kept:
+                self.kept.move_to_end(key)
+            return self.kept.get(key)
+
+    def put(self, key: Hashable, values: NDArray[Any]) -> None:
+        """Keep a chunk, and forget those not used for longest."""
+        with self.lock:
+            if key not in self.kept:
+                self.kept[key] = values
+                self.bytes += values.nbytes
+            while self.bytes > self.limit and len(self.kept) > 1:
+                self.bytes -= self.kept.popitem(last=False)[1].nbytes
+
+
+CACHE = ChunkCache(CACHE_BYTES)
+"""Shared by all arrays of this process."""
 
 
 class ChunkedArray:
@@ -27,7 +58,7 @@ class ChunkedArray:
     Reading is safe from any thread; writing is safe for windows that share no chunk.
     """
 
-    def __init__(self, folder: Path, *, cache_bytes: int = CACHE_BYTES) -> None:
+    def __init__(self, folder: Path, *, cache: ChunkCache = CACHE) -> None:
         import zarr
 
         described = zarr.open_array(store=folder, mode="r", zarr_format=2)
@@ -39,13 +70,8 @@ class ChunkedArray:
         self.attrs: dict[str, Any] = dict(described.attrs)
         self.codec: Any = described.compressors[0]
         self._lead = ".".join("0" for _ in self.shape[:-2])
-        self._limit = cache_bytes
-        self._start()
-
-    def _start(self) -> None:
-        self._cache: OrderedDict[tuple[int, int], NDArray[Any]] = OrderedDict()
-        self._cached = 0
-        self._lock = threading.Lock()
+        self.cache = cache
+        self.written = file_time(folder / ".zarray")
 
     def read(self, row: int, col: int, height: int, width: int) -> NDArray[Any]:
         """Values (…, height, width) of a window inside the array."""
@@ -62,16 +88,11 @@ class ChunkedArray:
 
     def chunk(self, i: int, j: int) -> NDArray[Any]:
         """A whole decoded chunk, from the cache if it was used lately."""
-        with self._lock:
-            if (i, j) in self._cache:
-                self._cache.move_to_end((i, j))
-                return self._cache[i, j]
-        values = self._decode(i, j)
-        with self._lock:
-            self._cache[i, j] = values
-            self._cached += values.nbytes
-            while self._cached > self._limit and len(self._cache) > 1:
-                self._cached -= self._cache.popitem(last=False)[1].nbytes
+        key = (self.folder, self.written, i, j)
+        values = self.cache.get(key)
+        if values is None:
+            values = self._decode(i, j)
+            self.cache.put(key, values)
         return values
 
     def write(self, row: int, col: int, values: NDArray[Any]) -> None:
@@ -108,14 +129,17 @@ class ChunkedArray:
         unfinished.replace(path)
 
     def __getstate__(self) -> dict[str, Any]:
-        hidden = ("_cache", "_cached", "_lock")
-        return {k: v for k, v in self.__dict__.items() if k not in hidden}
+        return {k: v for k, v in self.__dict__.items() if k != "cache"}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        self.__dict__.update(state)
-        self._start()
+        self.__dict__.update(state, cache=CACHE)
 
     @classmethod
     def of(cls, folder: str | os.PathLike[str], name: str) -> Self:
         """The array of this name in a group's folder."""
         return cls(Path(folder) / name)
+
+
+def file_time(path: Path) -> int:
+    """When a file was written: an overwritten store must not be served from the cache."""
+    return path.stat().st_mtime_ns

@@ -104,6 +104,31 @@ def pretraining_batches(
     return stream(mixed, start_step, workers)
 
 
+def grid_batches(
+    stores: Sequence[Store],
+    normalisation: Mapping[str, Normalisation],
+    *,
+    size: int,
+    batch_size: int,
+) -> Iterator[Batch]:
+    """Every window of a grid over the scenes once, one modality after the other, as it is.
+
+    Windows that hold no valid pixel are left out.
+
+    Args:
+        stores: tile stores.
+        normalisation: from `store_normalisation`, or a checkpoint's.
+        size: side of a window in pixels.
+        batch_size: windows of a batch; the last of a modality may have fewer.
+    """
+    for modality, norm in normalisation.items():
+        scenes = [s for store in stores for s in store.scenes_of(modality)]
+        chips = ChipDataset(scenes, norm, size, augment=False)
+        for first in range(0, len(chips), batch_size):
+            numbers = range(first, min(first + batch_size, len(chips)))
+            yield collate({modality: [chips.cell(n) for n in numbers]})
+
+
 def paths(stores: Sequence[Store]) -> list[Any]:
     """Where the stores are."""
     return [s.path for s in stores]
@@ -205,7 +230,7 @@ def polarimetric(scenes: Sequence[StoredScene], channels: tuple[str, ...]) -> No
         parts = [s for s in scenes if measured_channels(s)[s.scene.channels.index(c)]]
         if parts:
             squares.append(Moments.merged(moments_from(s.statistics[c]) for s in parts).rms ** 2)
-    scale = max(float(np.sqrt(np.mean(squares))), np.finfo(np.float32).tiny)
+    scale = float(max(np.sqrt(np.mean(squares)), np.finfo(np.float32).tiny))
     full = [s for s in scenes if measured_channels(s).all()] or list(scenes)
     power = Moments.merged(moments_from(s.statistics[POWER]) for s in full)
     return Normalisation(
