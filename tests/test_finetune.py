@@ -1,6 +1,7 @@
 """`ringmoe finetune` from the shell: every starting point, resuming, and every refusal."""
 
 import json
+import warnings
 from dataclasses import replace
 
 import numpy as np
@@ -325,3 +326,26 @@ def test_votes_count_by_likeness():
     assert votes.argmax(1).tolist() == [2, 0]
     weights = torch.exp(torch.tensor([0.95, 0.9]) / 0.07)
     torch.testing.assert_close(votes[1, :2], weights)
+
+
+def test_scenes_that_nothing_places_keep_their_own_labels(scene, tmp_path):
+    import rasterio
+
+    for name in ("opt", "labels"):
+        with rasterio.open(scene[name]) as file:
+            profile, values = file.profile, file.read()
+        for key in ("crs", "transform"):
+            profile.pop(key)
+        with (
+            warnings.catch_warnings(action="ignore"),
+            rasterio.open(tmp_path / f"{name}.tif", "w", **profile) as file,
+        ):
+            file.write(values)
+    store = tmp_path / "bare.zarr"
+    classes = "water,forest,grassland,cropland,built-up,bare soil"
+    made = run(
+        "tile", tmp_path / "opt.tif", "-o", store, "--labels", tmp_path / "labels.tif",
+        "--classes", classes, "--bands", "red,green,blue",
+    )  # fmt: skip
+    assert made.exit_code == 0, made.output
+    assert finetune(store, tmp_path / "run", steps=1).exit_code == 0

@@ -117,7 +117,8 @@ def labelled_places(
     chosen = [s for s in scenes if not modalities or s.modality in modalities]
     found = []
     for members in by_place(chosen):
-        everyone = [s for s in scenes if same_place(s.grid, members[0].grid)]
+        first = members[0].grid
+        everyone = [*members, *(s for s in scenes if same_place(s.grid, first))]
         source = label_source(everyone, task, labels, classes)
         if source is not None:
             found += [StorePlace(dates, *source) for dates in with_dates(members, task)]
