@@ -16,6 +16,10 @@ from model.norm import Norm
 from model.patch import PatchEmbed, PatchMerging, patch_validity
 from model.router import LayerRouting, Router
 
+BRANCH_START = 0.1
+"""First scale of what a block adds to its tokens. Swin V2 starts post-norms at 0, which leaves the
+experts and routers without a gradient in the first step; at 1 a small model learns far slower."""
+
 
 @dataclass
 class Encoding:
@@ -238,11 +242,14 @@ def join(grids: dict[tuple[int, int], Tokens], name: str, x: Tensor, valid: Tens
 
 
 def initialise(module: nn.Module) -> None:
-    """Truncated normal of 0.02 for weights, zero for biases, as in Swin."""
+    """Truncated normal of 0.02 for weights, zero for biases, as in Swin; blocks start quietly."""
     if isinstance(module, nn.Linear | nn.Conv2d | Stacked | Router):
         nn.init.trunc_normal_(module.weight, std=0.02)
         bias = getattr(module, "bias", None)
         if bias is not None:
             nn.init.zeros_(bias)
+    elif isinstance(module, Block):
+        nn.init.constant_(module.norm1.weight, BRANCH_START)
+        nn.init.constant_(module.norm2.weight, BRANCH_START)
     elif isinstance(module, TableBias):
         nn.init.trunc_normal_(module.table, std=0.02)
