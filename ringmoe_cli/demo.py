@@ -47,7 +47,7 @@ class DemoRequest:
     pretraining: tuple[str, ...] = ("train.steps=60", "train.batch_size=32", "train.save_every=30")
     """What differs from the recipe pretrain-nano."""
     finetuning: tuple[str, ...] = (
-        "train.steps=260", "train.batch_size=32", "train.lr=2e-3", "task.channels=32"
+        "train.steps=300", "train.batch_size=16", "train.lr=2e-3", "task.channels=32"
     )  # fmt: skip
     """What differs from the recipe finetune-segmentation."""
 
