@@ -1,5 +1,6 @@
 """Fine-tuning: labelled data, starting weights and a head come together in a run folder."""
 
+import os
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -22,7 +23,7 @@ from model.normalisation import Normalisation
 from model.tasks.network import TaskNetwork
 from model.train import train
 from ringmoe_cli import console
-from ringmoe_cli.errors import CheckpointError
+from ringmoe_cli.errors import CheckpointError, RingmoeError
 from ringmoe_cli.recipe import FinetuneRecipe, model_config, settings
 from ringmoe_cli.runs import claim_run, stop_requests
 from ringmoe_cli.scene.bands import WAVELENGTHS
@@ -63,6 +64,8 @@ def finetune(request: FinetuneRequest) -> dict[str, Any]:
         CheckpointError: if the starting checkpoint is for something else.
         OutputExistsError: if the run is finished, or was made with other settings.
     """
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        raise RingmoeError("finetune trains on one process; start it without torchrun")
     size, rotated = window_size(request), request.recipe.task.rotated
     request = replace(request, data=replace(request.data, size=size, rotated=rotated))
     torch.manual_seed(request.recipe.train.seed)

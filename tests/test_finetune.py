@@ -229,6 +229,13 @@ def test_depth_learns_heights(store, tmp_path):
     assert low < high < 200
 
 
+def test_several_processes_are_refused_instead_of_writing_over_each_other(
+    store, tmp_path, monkeypatch
+):
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    assert "start it without torchrun" in line(finetune(store, tmp_path / "run"))
+
+
 def test_wrong_words_are_usage_errors(store, tmp_path):
     assert finetune(store, tmp_path / "run", "--task", "poetry").exit_code == 2
     assert finetune(store, tmp_path / "run", "--peft", "lora").exit_code == 2
