@@ -262,6 +262,11 @@ def test_planetscope_bands_and_reflectance(tmp_path, bands, surface):
     factor = 1e-4 if surface else 2e-5
     np.testing.assert_allclose(to_physical(raw, scene)[1], counts[1] * factor, rtol=1e-5)
     assert valid.all()
+    image = next((tmp_path / "p").glob("*.tif"))
+    assert open_scene(image).bands == scene.bands
+    next((tmp_path / "p").glob("*.xml")).unlink()
+    with pytest.raises(SceneError, match="without names"):
+        open_scene(image)
 
 
 def test_a_stack_of_single_band_files(tmp_path):

@@ -1,6 +1,5 @@
 """PlanetScope scenes: a 4- or 8-band GeoTIFF with its XML metadata beside it (Planet's spec)."""
 
-import re
 from dataclasses import replace
 from pathlib import PurePosixPath
 from xml.etree import ElementTree
@@ -81,8 +80,3 @@ def coefficients(root: ElementTree.Element, count: int, path: str) -> list[float
     if missing:
         raise SceneError(f"{path}: no reflectance coefficient of band {missing[0]}")
     return [float(found[i] or 0) for i in range(1, count + 1)]
-
-
-def is_image_name(name: str) -> bool:
-    """Whether a file is named like an analytic PlanetScope image."""
-    return bool(re.fullmatch(IMAGE, name, re.IGNORECASE))

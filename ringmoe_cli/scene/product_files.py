@@ -119,7 +119,8 @@ def plain_xml(text: str, where: str) -> ElementTree.Element:
 def find_product(path: str) -> tuple[ProductFiles, str] | None:
     """The product at a path and the part chosen by `product:part`; None for plain files.
 
-    The metadata file inside a product stands for the product.
+    The metadata file inside a product stands for the product, and so does an image that has its
+    metadata beside it (PlanetScope).
     """
     base, _, part = path.rpartition(":")
     if part and base and not Path(path).exists() and Path(base).exists():
@@ -129,6 +130,9 @@ def find_product(path: str) -> tuple[ProductFiles, str] | None:
     at = Path(path)
     if re.fullmatch(r"manifest\.safe|MTD_MSIL\w+\.xml|.*_MTL\.(txt|xml)", at.name):
         at = at.parent
+    planet = re.fullmatch(r".*_AnalyticMS.*\.tif", at.name, re.IGNORECASE) and at.is_file()
+    if planet and any(at.parent.glob("*_metadata*.xml")):
+        return ProductFiles(at.parent), at.stem
     if at.is_dir() or (at.is_file() and zipfile.is_zipfile(at)):
         return ProductFiles(at), part
     return None
