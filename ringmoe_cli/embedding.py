@@ -19,7 +19,7 @@ from ringmoe_cli.errors import CheckpointError, RingmoeError
 from ringmoe_cli.machine import chosen_device, use_memory_steadily
 from ringmoe_cli.maps import check_free, output_path
 from ringmoe_cli.opening import Opener, Wish, about_scenes
-from ringmoe_cli.prediction import Report, predict_scene
+from ringmoe_cli.prediction import Job, Report, predict_scene
 from ringmoe_cli.scene.product import FeatureMap, Vectors
 from ringmoe_cli.scene.strips import Normalised, SkipBad, window_batches
 from ringmoe_cli.scene.vectortiles import write_tiles
@@ -149,10 +149,9 @@ class Embedder:
         def finish(report: Report) -> None:
             write_tiles(outputs["vectors"], fitted.grid, settings.window, rows_of(report))
 
-        report = predict_scene(
-            replaced(self.features, pooled=True), fitted, Vectors(self.features.width), outputs,
-            settings, about=self.about(fitted), skip_bad=self.wish.skip_bad, finish=finish,
-        )  # fmt: skip
+        network, product = replaced(self.features, pooled=True), Vectors(self.features.width)
+        job = Job(network, fitted, product, settings, skip_bad=self.wish.skip_bad)
+        report = predict_scene(job, outputs, about=self.about(fitted), finish=finish)
         tiles = sum(int(sums["valid"].sum()) for _, _, sums in report.sums)
         return self.said(path, report, tiles=tiles)
 
@@ -170,10 +169,8 @@ class Embedder:
             answering, channels = Projected(network, found), components
         product = FeatureMap(channels, dtype, largest(samples))
         about = {**self.about(fitted), "product": [channels, dtype, product.scales]}
-        report = predict_scene(
-            answering, fitted, product, outputs, self.settings,
-            about=about, options=self.wish.options, skip_bad=self.wish.skip_bad,
-        )  # fmt: skip
+        job = Job(answering, fitted, product, self.settings, skip_bad=self.wish.skip_bad)
+        report = predict_scene(job, outputs, about=about, options=self.wish.options)
         return self.said(path, report, stage=self.features.stage + 1, bands=channels)
 
     def samples(self, network: Features, source: Normalised) -> Tensor:

@@ -14,7 +14,7 @@ from ringmoe_cli.answers import Network, Settings
 from ringmoe_cli.errors import OutputExistsError, RingmoeError, SceneError
 from ringmoe_cli.machine import chosen_device, use_memory_steadily
 from ringmoe_cli.opening import Opener, Wish, about_scenes
-from ringmoe_cli.prediction import Report, predict_scene
+from ringmoe_cli.prediction import Crew, Job, Report, predict_scene
 from ringmoe_cli.scene.part import part_folder
 from ringmoe_cli.scene.product import Product, product_of
 from ringmoe_cli.scene.strips import Normalised
@@ -43,8 +43,22 @@ class Mapper:
         assert self.config.task is not None
         return self.config.task
 
-    def map_scene(self, path: str) -> dict[str, Any]:
-        """Write a scene's maps.
+    def job(self, path: str) -> Job:
+        """The work on one scene.
+
+        Raises:
+            RingmoeError: if the scene cannot be read or is not what the model wants.
+        """
+        opener = Opener(self.config, self.task.modalities, self.wish)
+        source = opener.open(path)
+        if (self.task.name == "change") != (len(source.dates) == 2):
+            raise SceneError("a change model, and no other, compares two dates: --before FILE")
+        fitted = opener.at_model_resolution(source, path)
+        product = product_of(self.task, self.wish.probabilities)
+        return Job(self.network, fitted, product, self.settings, source, self.wish.skip_bad)
+
+    def map_scene(self, path: str, crew: Crew | None = None) -> dict[str, Any]:
+        """Write a scene's maps, alone or with other processes.
 
         Returns:
             What happened, for `--json`.
@@ -52,23 +66,13 @@ class Mapper:
         Raises:
             RingmoeError: if the scene cannot be read or the output not be written.
         """
-        opener = Opener(self.config, self.task.modalities, self.wish)
-        source = opener.open(path)
-        if (self.task.name == "change") != (len(source.dates) == 2):
-            raise SceneError("a change model, and no other, compares two dates: --before FILE")
-        product = product_of(self.task, self.wish.probabilities)
-        outputs = self.outputs(path, source, product)
+        job = self.job(path)
+        outputs = self.outputs(path, job.own, job.product)
         check_free(outputs, self.wish.overwrite)
-        fitted = opener.at_model_resolution(source, path)
-        about = {"model": self.identity, "scenes": about_scenes(source)}
-        report = predict_scene(
-            self.network, fitted, product, outputs, self.settings,
-            original=source, about=about, options=self.wish.options, skip_bad=self.wish.skip_bad,
-        )  # fmt: skip
-        for date in source.dates:
-            for reader in date.values():
-                reader.close()  # type: ignore[attr-defined]
-        said = summary(path, source, self.task, report)
+        about = {"model": self.identity, "scenes": about_scenes(job.own)}
+        report = predict_scene(job, outputs, about=about, options=self.wish.options, crew=crew)
+        job.close()
+        said = summary(path, job.own, self.task, report)
         if self.task.name == "change":
             said |= changed_regions(outputs["classes"], self.task)
         warn_about(path, report, said)

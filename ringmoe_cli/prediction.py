@@ -7,6 +7,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass, field, replace
+from functools import cached_property
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -21,6 +22,8 @@ from ringmoe_cli.scene.strips import Normalised, SkipBad
 from ringmoe_cli.scene.writer import MapWriter
 
 T = TypeVar("T")
+RUN = 8
+"""Rows of windows that one worker computes at a time, with those before that reach into them."""
 
 
 @dataclass
@@ -41,48 +44,110 @@ class Report:
     """Rows that an earlier run had finished."""
 
 
+@dataclass(frozen=True)
+class Job:
+    """Everything that decides the bands of one scene's map."""
+
+    network: Network
+    """What predicts windows."""
+    source: Normalised
+    """The scene as the model wants it."""
+    product: Product
+    """What to make of the network's answer."""
+    settings: Settings
+    """Window, overlap, batch, flips."""
+    original: Normalised | None = None
+    """The scene on its own grid, if `source` is resampled; the map is on this grid."""
+    skip_bad: bool = False
+    """Leave unreadable places out instead of failing."""
+
+    @property
+    def own(self) -> Normalised:
+        """The scene on its own grid."""
+        return self.original or self.source
+
+    @cached_property
+    def bands(self) -> Bands:
+        """Which rows of the map each row of windows completes."""
+        lattice = lattice_of(self.source, self.settings).shrunk(self.settings.cell)
+        return Bands(lattice, cells_of(self.own.grid, self.settings.cell))
+
+    def rows(self, first: int, stop: int, skip: SkipBad, clock: Clock) -> Iterator[Rows]:
+        """Rows of the map that rows of windows first..stop-1 complete, valid where the scene is."""
+        if first >= stop:
+            return
+        begin = self.bands.begin(first)
+        rows = predict_rows(
+            self.network,
+            self.source,
+            self.settings,
+            self.product.channels,
+            begin,
+            stop,
+            skip,
+            clock,
+        )
+        if self.bands.same:
+            yield from rows
+            return
+        for some in self.bands.regrid(rows, first):
+            window = Window(some.start, 0, some.dense.shape[1], self.own.grid.width)
+            yield replace(some, valid=skip.read(self.own, window).seen)
+
+    def encoded(
+        self, first: int, stop: int, skip: SkipBad, clock: Clock
+    ) -> Iterator[tuple[int, Encoded]]:
+        """First row of each band, and the band as it is stored; lets go of the rows at once."""
+        for rows in self.rows(first, stop, skip, clock):
+            start, band = rows.start, self.product.encode(rows)
+            del rows
+            yield start, band
+
+    def close(self) -> None:
+        """Close the scene's files."""
+        for date in self.own.dates:
+            for reader in date.values():
+                getattr(reader, "close", lambda: None)()
+
+
+Crew = Callable[[Path, list[tuple[int, int]]], Iterator[list[str]]]
+"""Other processes: given the folder of bands and runs of rows of windows, they save the bands of
+these runs there. Yields, run by run, the unreadable places left out."""
+
+
 def predict_scene(
-    network: Network,
-    source: Normalised,
-    product: Product,
+    job: Job,
     outputs: Mapping[str, Path],
-    settings: Settings,
     *,
-    original: Normalised | None = None,
     about: Mapping[str, Any] | None = None,
     options: Mapping[str, str] | None = None,
-    skip_bad: bool = False,
     finish: Callable[[Report], None] | None = None,
+    crew: Crew | None = None,
 ) -> Report:
     """Write the maps of one scene; continue where an interrupted run with the same inputs stopped.
 
     Args:
-        network: what predicts windows.
-        source: the scene as the model wants it.
-        product: what to make of the network's answer.
+        job: network, scene, product, settings.
         outputs: layer -> file; the first one's name is also that of the work in progress.
-        settings: window, overlap, batch, flips.
-        original: the scene on its own grid, if `source` is resampled; the map is on this grid.
         about: what identifies scene and model, besides the settings.
         options: creation options of the COG driver.
-        skip_bad: leave unreadable places out instead of failing.
         finish: writes what is no map, from the report, before the work in progress is dropped.
+        crew: other processes that compute the bands; None: this one does.
 
     Raises:
         RingmoeError: for unreadable scenes and unwritable outputs.
     """
     start = time.perf_counter()
-    own = original or source
-    report, skip, clock = Report(dict(outputs)), SkipBad(skip_bad), Clock()
-    lattice = lattice_of(source, settings).shrunk(settings.cell)
-    bands = Bands(lattice, cells_of(own.grid, settings.cell))
-    identity = {**(about or {}), "settings": asdict(settings), "layers": sorted(outputs)}
+    bands, rows = job.bands, job.bands.lattice.rows
+    report, skip, clock = Report(dict(outputs)), SkipBad(job.skip_bad), Clock()
+    identity = {**(about or {}), "settings": asdict(job.settings), "layers": sorted(outputs)}
     with Part(next(iter(outputs.values())), identity) as part:
-        done = finished_rows(part, bands)
-        report.resumed_rows = bands.of(done - 1)[1] if done else 0
-        fresh = map_rows(network, source, own, settings, product.channels, bands, done, skip, clock)
-        whole = saved(part, bands, done, encoded(product, fresh))
-        with maps(outputs, product, bands.grid, part.folder, options) as writers:
+        if crew:
+            skip.skipped += by_others(crew, part, bands)
+        done = rows if crew else finished_rows(part, bands)
+        report.resumed_rows = bands.of(done - 1)[1] if done and not crew else 0
+        whole = saved(part, bands, done, job.encoded(done, rows, skip, clock))
+        with maps(outputs, job.product, bands.grid, part.folder, options) as writers:
             for row, band in watched(whole, bands.lattice, done):
                 write_band(writers, report, row, band)
         if finish:
@@ -92,36 +157,34 @@ def predict_scene(
     return report
 
 
+def by_others(crew: Crew, part: Part, bands: Bands) -> list[str]:
+    """Let other processes compute what no earlier run has left; returns what they left out."""
+    todo = missing_runs(part, bands)
+    skipped: list[str] = []
+    with console.progress(sum(stop - first for first, stop in todo), "predict", "rows") as advance:
+        for left_out in crew(part.folder, todo):
+            advance(bands.lattice.rows / max(len(todo), 1))
+            skipped += left_out
+    return skipped
+
+
+def missing_runs(part: Part, bands: Bands) -> list[tuple[int, int]]:
+    """Runs of at most `RUN` rows of windows whose bands are not all on disk."""
+    runs = []
+    for first in range(0, bands.lattice.rows, RUN):
+        stop = min(first + RUN, bands.lattice.rows)
+        spans = [bands.of(row) for row in range(first, stop)]
+        if any(b > a and not part.has(a) for a, b in spans):
+            runs.append((first, stop))
+    return runs
+
+
 def cells_of(grid: Grid, cell: int) -> Grid:
     """The grid of squares of `cell` pixels; the last ones may hang over the scene."""
     if cell == 1:
         return grid
     height, width = -(-grid.height // cell), -(-grid.width // cell)
     return grid.crop(Window(0, 0, height * cell, width * cell)).resized(height, width)
-
-
-def map_rows(
-    network: Network,
-    source: Normalised,
-    own: Normalised,
-    settings: Settings,
-    channels: int,
-    bands: Bands,
-    first: int,
-    skip: SkipBad,
-    clock: "Clock",
-) -> Iterator[Rows]:
-    """Rows of the map on the scene's own grid, valid where the scene is."""
-    if first >= bands.lattice.rows:
-        return
-    begin = bands.begin(first)
-    rows = predict_rows(network, source, settings, channels, begin, skip=skip, clock=clock)
-    if bands.same:
-        yield from rows
-        return
-    for some in bands.regrid(rows, first):
-        window = Window(some.start, 0, some.dense.shape[1], own.grid.width)
-        yield replace(some, valid=skip.read(own, window).seen)
 
 
 def finished_rows(part: Part, bands: Bands) -> int:
@@ -133,14 +196,6 @@ def finished_rows(part: Part, bands: Bands) -> int:
         if stop > start and part.load(start) is None:
             return row
     return bands.lattice.rows
-
-
-def encoded(product: Product, fresh: Iterator[Rows]) -> Iterator[tuple[int, Encoded]]:
-    """First row of each band, and the band as it is stored; lets go of the rows at once."""
-    for rows in fresh:
-        start, band = rows.start, product.encode(rows)
-        del rows
-        yield start, band
 
 
 def saved(

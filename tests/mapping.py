@@ -13,6 +13,7 @@ from model.encoder import RingMoE
 from model.normalisation import Normalisation
 from model.tasks.network import TaskNetwork
 from ringmoe_cli.answers import Settings, predict_rows
+from ringmoe_cli.prediction import Job, predict_scene
 from ringmoe_cli.scene.reader import SceneReader
 from ringmoe_cli.scene.sensors import open_scene
 from ringmoe_cli.scene.strips import Normalised
@@ -102,3 +103,7 @@ class Stops(Brightness):
         if self.calls >= self.after:
             raise KeyboardInterrupt
         return super().predict(batch)
+
+
+def mapped(network, source, product, outputs, settings, original=None, **more):
+    return predict_scene(Job(network, source, product, settings, original), outputs, **more)

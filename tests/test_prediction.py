@@ -11,6 +11,7 @@ from mapping import (
     Brightness,
     Constant,
     Stops,
+    mapped,
     model,
     normalised,
     outputs,
@@ -22,7 +23,6 @@ from mapping import (
 from model.batch import Prediction
 from ringmoe_cli.answers import Settings, predict_rows
 from ringmoe_cli.errors import BadBlockError, RingmoeError
-from ringmoe_cli.prediction import predict_scene
 from ringmoe_cli.scene.product import ClassMap
 from ringmoe_cli.scene.reader import SceneReader
 from ringmoe_cli.scene.resample import Resampled
@@ -78,15 +78,15 @@ def test_an_interrupted_map_is_continued_to_the_same_bytes(tmp_path, scene, afte
     settings, product = Settings(32, 8, batch), ClassMap(TASK)
     (tmp_path / "a").mkdir()
     source = normalised(scene)
-    predict_scene(Brightness(), source, product, outputs(tmp_path / "a"), settings)
+    mapped(Brightness(), source, product, outputs(tmp_path / "a"), settings)
     try:
-        predict_scene(Stops(after), source, product, outputs(tmp_path), settings)
+        mapped(Stops(after), source, product, outputs(tmp_path), settings)
     except KeyboardInterrupt:
         assert not (tmp_path / "m.tif").exists()
         assert (tmp_path / "m.tif.part").is_dir()
     else:
         return
-    report = predict_scene(Brightness(), source, product, outputs(tmp_path), settings)
+    report = mapped(Brightness(), source, product, outputs(tmp_path), settings)
     assert (tmp_path / "m.tif").read_bytes() == (tmp_path / "a/m.tif").read_bytes()
     assert not (tmp_path / "m.tif.part").exists()
     assert report.resumed_rows > 0 or after * batch < 5
@@ -95,8 +95,8 @@ def test_an_interrupted_map_is_continued_to_the_same_bytes(tmp_path, scene, afte
 def test_other_settings_start_anew(tmp_path, scene):
     source, product = normalised(scene), ClassMap(TASK)
     with pytest.raises(KeyboardInterrupt):
-        predict_scene(Stops(6), source, product, outputs(tmp_path), Settings(32, 8, 1))
-    report = predict_scene(Brightness(), source, product, outputs(tmp_path), Settings(32, 4, 1))
+        mapped(Stops(6), source, product, outputs(tmp_path), Settings(32, 8, 1))
+    report = mapped(Brightness(), source, product, outputs(tmp_path), Settings(32, 4, 1))
     assert report.resumed_rows == 0
 
 
@@ -104,7 +104,7 @@ def test_two_runs_do_not_write_one_output(tmp_path, scene):
     from ringmoe_cli.scene.part import Part
 
     with Part(tmp_path / "m.tif", {}), pytest.raises(RingmoeError, match="another run"):
-        predict_scene(
+        mapped(
             Brightness(), normalised(scene), ClassMap(TASK), outputs(tmp_path), Settings(32, 8, 1)
         )
 
@@ -159,7 +159,7 @@ def regridded(tmp_path, network):
     """A scene of 20 m pixels for a network of 10 m; map on the scene's grid."""
     source = normalised(write_scene(tmp_path / "coarse.tif", 35, 50))
     fine = Normalised([{"ms": Resampled(source.dates[0]["ms"], 70, 100)}], source.normalisation)
-    return predict_scene(
+    return mapped(
         network, fine, ClassMap(TASK), outputs(tmp_path), Settings(32, 8, 3), original=source
     )
 

@@ -76,6 +76,10 @@ class Part:
         """The band that starts at a row, if it is finished."""
         return load_band(self.folder, row)
 
+    def has(self, row: int) -> bool:
+        """Whether the band that starts at a row is on disk."""
+        return band_file(self.folder, row).exists()
+
     def save(self, row: int, band: Mapping[str, NDArray[Any]]) -> None:
         """Keep a finished band."""
         save_band(self.folder, row, band)
