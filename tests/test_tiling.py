@@ -136,6 +136,18 @@ def test_a_finished_store_is_not_touched_without_overwrite(scene, tmp_path):
     assert sorted(p.name for p in tmp_path.iterdir()) == ["scene.tif", "t.zarr"]
 
 
+def test_a_second_run_in_one_process_reads_and_writes_anew(tmp_path):
+    out = tmp_path / "t.zarr"
+    for seed, tile in ((1, 64), (2, 32)):
+        values = noise(3, 90, 70, "uint8", seed)
+        fresh = write_raster(tmp_path / "new.tif", values, photometric="RGB")
+        fresh.rename(tmp_path / "s.tif")
+        scenes = [Labelled(open_scene(tmp_path / "s.tif"))]
+        stored = tile_scenes(scenes, out, Settings(tile=tile, overwrite=True)).scenes[0]
+        np.testing.assert_array_equal(stored.read(Window(0, 0, 90, 70))[0], values)
+        assert stored.image.chunks == (3, tile, tile)
+
+
 class StoppedError(Exception):
     """The run ends here."""
 

@@ -46,6 +46,8 @@ class Source:
     """Let GDAL use the network."""
     gdal: Mapping[str, str] = field(default_factory=dict)
     """GDAL's settings in the environment of whoever started the run."""
+    run: str = ""
+    """Names the run: handles that a process keeps open belong to one run only."""
 
 
 GDAL_SETTINGS = ("GDAL_", "CPL_", "VSI_", "AWS_")
@@ -103,7 +105,7 @@ def write_region(region: Region) -> dict[str, Any]:
     """
     source, window = region.source, region.window
     raw, valid, skipped = read_region(source, window)
-    arrays = arrays_of(source.folder, tuple(t.layer.array for t in source.labels.values()))
+    arrays = arrays_of(source)
     arrays["image"].write(window.row, window.col, raw)
     arrays["valid"].write(window.row, window.col, valid.view(np.uint8))
     check = checksum(raw, valid)
@@ -169,7 +171,7 @@ def checksum(*arrays: NDArray[Any], start: int = 0) -> int:
 def stored_checksum(region: Region) -> int:
     """The same checksum, of what the store holds."""
     source, window = region.source, region.window
-    arrays = arrays_of(source.folder, tuple(t.layer.array for t in source.labels.values()))
+    arrays = arrays_of(source)
     raw = arrays["image"].read(*window)
     check = checksum(raw, arrays["valid"].read(*window))
     for label in source.labels.values():
@@ -196,8 +198,8 @@ _lock = threading.Lock()
 
 
 @lru_cache(maxsize=4)
-def cached_reader(scene: Scene, allow_remote: bool) -> SceneReader:
-    """One reader per scene and process."""
+def cached_reader(run: str, scene: Scene, allow_remote: bool) -> SceneReader:
+    """One reader per run, scene and process."""
     return SceneReader(scene, allow_remote=allow_remote)
 
 
@@ -206,16 +208,17 @@ def reader_of(source: Source) -> SceneReader:
     for name, value in source.gdal.items():
         os.environ.setdefault(name, value)
     with _lock:
-        return cached_reader(source.scene, source.allow_remote)
+        return cached_reader(source.run, source.scene, source.allow_remote)
 
 
 @lru_cache(maxsize=4)
-def cached_arrays(folder: Path, labels: tuple[str, ...]) -> dict[str, ChunkedArray]:
-    """A scene's arrays, opened once per process."""
-    return {n: ChunkedArray.of(folder, n) for n in ("image", "valid", *labels)}
+def cached_arrays(run: str, folder: Path, names: tuple[str, ...]) -> dict[str, ChunkedArray]:
+    """A scene's arrays, opened once per run and process."""
+    return {n: ChunkedArray.of(folder, n) for n in names}
 
 
-def arrays_of(folder: Path, labels: tuple[str, ...]) -> dict[str, ChunkedArray]:
+def arrays_of(source: Source) -> dict[str, ChunkedArray]:
     """This process's handles of a scene's arrays."""
+    labels = (v.layer.array for v in source.labels.values())
     with _lock:
-        return cached_arrays(folder, labels)
+        return cached_arrays(source.run, source.folder, ("image", "valid", *labels))

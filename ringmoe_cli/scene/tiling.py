@@ -8,6 +8,7 @@ import fcntl
 import json
 import os
 import shutil
+import uuid
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, replace
@@ -114,6 +115,7 @@ def plan_sources(scenes: Sequence[Labelled], part: Path, settings: Settings) -> 
     """What is read from where and written where; scenes of one name are numbered."""
     taken: set[str] = set()
     sources = []
+    run_name = uuid.uuid4().hex
     for each in scenes:
         name = unique(each.scene.name or "scene", taken)
         taken.add(name)
@@ -126,6 +128,7 @@ def plan_sources(scenes: Sequence[Labelled], part: Path, settings: Settings) -> 
                 settings.skip_bad,
                 settings.allow_remote,
                 gdal_settings(),
+                run_name,
             )
         )
     return sources
