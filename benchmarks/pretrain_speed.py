@@ -1,0 +1,148 @@
+"""What the training loop adds to the bare arithmetic, and how the model compares with a plain one.
+
+    OMP_NUM_THREADS=1 python benchmarks/pretrain_speed.py STORE.zarr [--rounds 12] [--device cuda]
+
+Three steps take turns, so that a busy machine is unfair to all alike; medians over rounds:
+  loop   `ringmoe pretrain`: chips from the store, masks, update, journals, routing statistics
+  bare   forward, backward, clipping and AdamW of the same model on one cached batch
+  plain  the same for Hugging Face's Swin V2 with SimMIM's objective: FFNs of three times the
+         width, which is what a token meets in an RMoE layer; one modality, same image count
+"""
+
+import argparse
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+from statistics import median
+
+import torch
+from torch import nn
+from transformers import Swinv2Config, Swinv2ForMaskedImageModeling
+
+from model.batch import Batch
+from model.counts import multiply_adds
+from model.journal import Journal
+from model.optim import adamw
+from model.parallel import Ranks
+from model.pretrain import MaskedImageModel
+from model.train import TrainConfig, update
+from ringmoe_cli.pretraining import PretrainRequest, masked_batches, open_data
+from ringmoe_cli.recipe import load_pretrain_recipe
+from ringmoe_cli.watching import RoutingLog, Watch
+
+
+def stepper(
+    network: nn.Module, config: TrainConfig, forward: Callable[[], torch.Tensor]
+) -> Callable[[], None]:
+    """Forward, backward, clipping and AdamW, and nothing else."""
+    optimiser = adamw(network, 1e-4, config.weight_decay)
+
+    def step() -> None:
+        optimiser.zero_grad(set_to_none=True)
+        forward().backward()
+        nn.utils.clip_grad_norm_(network.parameters(), config.clip)
+        optimiser.step()
+
+    return step
+
+
+def plain_model(side: int, batch: int, device: str) -> tuple[nn.Module, Callable[[], torch.Tensor]]:
+    """Swin V2 of the nano sizes with FFNs of the active width, and its SimMIM loss."""
+    torch.manual_seed(0)
+    sizes = Swinv2Config(
+        image_size=side, patch_size=4, embed_dim=32, depths=[2, 2, 2, 2], num_heads=[1, 2, 4, 8],
+        window_size=8, mlp_ratio=12.0, encoder_stride=32, drop_path_rate=0.0,
+    )  # fmt: skip
+    network = Swinv2ForMaskedImageModeling(sizes).to(device).train()
+    pixels = torch.randn(batch, 3, side, side, device=device)
+    masks = torch.rand(batch, (side // 4) ** 2, device=device) < 0.6
+    return network, lambda: network(pixel_values=pixels, bool_masked_pos=masks).loss
+
+
+def peak_flops(device: str) -> float:
+    """Multiply-add throughput of one large matrix product in fp32, x 2."""
+    a = torch.randn(2048, 2048, device=device)
+    times = []
+    for _ in range(5):
+        start = time.perf_counter()
+        (a @ a)[0, 0].item()
+        times.append(time.perf_counter() - start)
+    return 2 * 2048**3 / min(times)
+
+
+def timed(step: Callable[[], object], device: str) -> float:
+    start = time.perf_counter()
+    step()
+    if device.startswith("cuda"):
+        torch.cuda.synchronize()
+    return time.perf_counter() - start
+
+
+def main() -> None:
+    words = argparse.ArgumentParser(description=__doc__)
+    words.add_argument("store", type=Path)
+    words.add_argument("--rounds", type=int, default=12)
+    words.add_argument("--device", default="cpu")
+    said = words.parse_args()
+    recipe = load_pretrain_recipe("pretrain-nano", ["train.log_every=10"])
+    config = recipe.train
+    data = open_data([said.store], recipe)
+    model = recipe.model_config(data.channels)
+    torch.manual_seed(0)
+    networks = [
+        MaskedImageModel(model, recipe.objective, data.normalisation).to(said.device).train()
+        for _ in range(2)
+    ]
+    run = Path(tempfile.mkdtemp())
+    request = PretrainRequest((said.store,), run, recipe, said.device)
+    stream = masked_batches(data, model, request, 0, Ranks())
+    cached: Batch = next(stream).to(said.device)
+    optimiser, metrics = (
+        adamw(networks[0], config.lr, config.weight_decay),
+        Journal(run / "m.jsonl"),
+    )
+    routing, watch = RoutingLog(networks[0].encoder, config, run, 0), Watch(config, 0)
+    waits: list[float] = []
+    done = 0
+
+    def loop() -> None:
+        nonlocal done
+        report, _ = update(networks[0], optimiser, stream, config, done, said.device)
+        done = report.step
+        metrics.append(report.row())
+        watch.on_step(report)
+        routing.on_step(report)
+        waits.append(report.wait)
+
+    plain, plain_loss = plain_model(model.image_size, config.batch_size, said.device)
+    steps = {
+        "loop": loop,
+        "bare": stepper(networks[1], config, lambda: networks[1].loss(cached).loss),
+        "plain": stepper(plain, config, plain_loss),
+    }
+    for step in steps.values():
+        timed(step, said.device)
+    waits.clear()
+    times: dict[str, list[float]] = {name: [] for name in steps}
+    for _ in range(said.rounds):
+        for name, step in steps.items():
+            times[name].append(timed(step, said.device))
+    middle = {name: median(found) for name, found in times.items()}
+    side, images = model.image_size, config.batch_size
+    flops = 3 * 2 * multiply_adds(model, side, side) * images
+    parameters = {"ours": networks[0], "plain": plain}
+    print(f"threads {torch.get_num_threads()}, device {said.device}, {images} images of {side} px")
+    for name, network in parameters.items():
+        print(f"{name}: {sum(p.numel() for p in network.parameters()) / 1e6:.1f} M parameters")
+    for name, seconds in middle.items():
+        print(f"{name}: {seconds:.3f} s a step, {images / seconds:.0f} images/s")
+    for one, other in (("loop", "bare"), ("bare", "plain")):
+        ratios = [a / b for a, b in zip(times[one], times[other], strict=True)]
+        print(f"{one} / {other} {median(ratios):.3f}")
+    print(f"data wait {sum(waits) / sum(times['loop']):.2%} of the loop")
+    print(f"MFU {flops / middle['bare'] / peak_flops(said.device):.1%} of one fp32 matrix product")
+
+
+if __name__ == "__main__":
+    main()
