@@ -169,7 +169,8 @@ def mirrored(network: Network, batch: Batch) -> Tensor:
     for axes in ((), (-1,), (-2,), (-2, -1)):
         images = {m: x.flip(axes) for m, x in batch.images.items()}
         valid = {m: x.flip(axes) for m, x in batch.valid.items()}
-        answers.append(plain(network, Batch(images=images, valid=valid)).flip(axes))
+        flipped = Batch(images=images, valid=valid, channels=batch.channels)
+        answers.append(plain(network, flipped).flip(axes))
     return torch.stack(answers).mean(0)
 
 
@@ -180,6 +181,7 @@ def sent(batch: Batch, device: str) -> Batch:
     pinned = Batch(
         images={m: x.pin_memory() for m, x in batch.images.items()},
         valid={m: x.pin_memory() for m, x in batch.valid.items()},
+        channels=batch.channels,
     )
     return pinned.to(device)
 

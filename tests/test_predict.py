@@ -234,3 +234,23 @@ def test_kill_9_and_again_gives_the_same_bytes(model, tmp_path):
     assert len(list(part.glob("rows-*.safetensors"))) >= 20
     subprocess.run([*command, str(broken)], check=True, capture_output=True)
     assert broken.read_bytes() == straight.read_bytes()
+
+
+@pytest.mark.distributed
+def test_workers_make_the_same_map(model, tmp_path, scene):
+    path = write_scene(tmp_path / "tall.tif", 500, 60)
+    one, many = tmp_path / "one.tif", tmp_path / "many.tif"
+    command = [sys.executable, "-m", "ringmoe_cli", "predict", "-m", str(model), "--workers", "2"]
+    quiet = {**os.environ, "OMP_NUM_THREADS": "1"}
+    subprocess.run([*command[:-2], str(path), "-o", str(one)], check=True, env=quiet)
+    subprocess.run([*command, str(path), "-o", str(many)], check=True, env=quiet)
+    assert one.read_bytes() == many.read_bytes()
+    listed = [str(path), str(scene), str(tmp_path / "none.tif")]
+    done = subprocess.run(
+        [*command, *listed, "-o", str(tmp_path / "maps"), "--json"],
+        check=False, env=quiet, capture_output=True, text=True,
+    )  # fmt: skip
+    assert done.returncode == 1
+    assert len(done.stdout.splitlines()) == 2
+    assert "1 of 3 scenes failed" in done.stderr
+    assert (tmp_path / "maps/tall_segmentation.tif").read_bytes() == one.read_bytes()

@@ -21,6 +21,7 @@ from mapping import (
 )
 
 from model.batch import Prediction
+from model.normalisation import Normalisation
 from ringmoe_cli.answers import Settings, predict_rows
 from ringmoe_cli.errors import BadBlockError, RingmoeError
 from ringmoe_cli.scene.product import ClassMap
@@ -174,3 +175,28 @@ def test_resampled_scenes_give_maps_on_their_own_grid_and_resume(tmp_path):
     with rasterio.open(tmp_path / "m.tif") as got, rasterio.open(tmp_path / "coarse.tif") as src:
         assert got.shape == src.shape
         np.testing.assert_array_equal(got.read(1) == 255, src.read(1) == 0)
+
+
+def test_channels_that_were_not_measured_are_named(tmp_path):
+    """A dual-pol complex scene: the other polarisations are zeros, and the network is told."""
+    names = [f"{p}_{part}" for p in ("hh", "hv", "vh", "vv") for part in ("re", "im")]
+    norm = Normalisation(tuple(names), (0.0,) * 8, (1.0,) * 8)
+    path = tmp_path / "slc.tif"
+    values = np.random.default_rng(0).normal(size=(2, 40, 40)).astype(np.complex64)
+    with rasterio.open(
+        path, "w", driver="GTiff", height=40, width=40, count=2, dtype="complex64",
+        crs="EPSG:32630", transform=rasterio.Affine(10, 0, 0, 0, -10, 0),
+    ) as dst:  # fmt: skip
+        dst.write(values)
+        dst.descriptions = ("VH", "VV")
+    source = Normalised([{"sar-l1": SceneReader(open_scene(path))}], {"sar-l1": norm})
+    seen = []
+
+    class Watch:
+        def predict(self, batch):
+            seen.append(batch)
+            return Prediction(dense=torch.ones(len(batch.images["sar-l1"]), 3, 32, 32))
+
+    list(predict_rows(Watch(), source, Settings(32, 8, 2), 3))
+    assert seen[0].channels["sar-l1"].tolist() == [[False] * 4 + [True] * 4] * 2
+    np.testing.assert_array_equal(seen[0].images["sar-l1"][0, 0, 4], values[0, :32, :32].real)

@@ -73,6 +73,10 @@ def predict(
     stream: Annotated[
         bool, typer.Option("--stream", help="Read a model larger than memory layer by layer.")
     ] = False,
+    workers: Annotated[
+        int | None, typer.Option(min=1, help="Processes on this machine (Dask).")
+    ] = None,
+    scheduler: Annotated[str | None, typer.Option(help="Address of a Dask scheduler.")] = None,
     device: Device = "auto",
     allow_remote: AllowRemote = False,
     as_json: Json = False,
@@ -98,7 +102,7 @@ def predict(
     if tta not in ("none", "flips"):
         raise typer.BadParameter(f"--tta {tta}: say flips or none")
     console.State.quiet = quiet
-    from ringmoe_cli import maps, object_maps
+    from ringmoe_cli import crew, maps, object_maps
     from ringmoe_cli.opening import Wish
     from ringmoe_cli.scene.writer import parse_options
 
@@ -109,10 +113,11 @@ def predict(
         allow_remote=allow_remote, skip_bad=skip_bad, beside=tuple(beside or ()), before=before,
         gsd=gsd, no_resample=no_resample, sure=score,
     )  # fmt: skip
-    mapper = maps.load_mapper(
-        Path(model), wish, device, window, overlap, batch, tta == "flips", stream
-    )
+    order = crew.Order(Path(model), wish, device, window, overlap, batch, tta == "flips", stream)
     paths = list(maps.scene_list(scenes))
+    if workers or scheduler:
+        raise typer.Exit(crew.work(order, workers, scheduler, paths, as_json))
+    mapper = order.mapper()
     if mapper.task.name == "tracking":
         done = object_maps.list_clip(mapper, paths)
         console.result(done if as_json else done["output"])

@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any, Protocol
 
 import numpy as np
@@ -59,6 +60,17 @@ class Normalised:
     def modalities(self) -> tuple[str, ...]:
         """What is read, in order."""
         return tuple(self.dates[0])
+
+    @cached_property
+    def measured(self) -> dict[str, NDArray[np.bool_]]:
+        """Modality -> which channels come from measured bands (C,), where not all do."""
+        found = {}
+        for modality, reader in self.dates[0].items():
+            missing = {b.name for b in reader.scene.bands if not b.measured}
+            if missing:
+                names = self.normalisation[modality].bands
+                found[modality] = np.array([n.split("_")[0] not in missing for n in names])
+        return found
 
     def read(self, window: Window) -> "Strip":
         """Normalised values and validity of a window."""
@@ -131,7 +143,7 @@ def window_batches(
         ends = last[1] == lattice.columns - 1
         complete = range(max(first, places[0][0]), min(stop, last[0] + ends))
         finished = {row: strips.seen(row) for row in complete}
-        batch = collate([cut[i] for i in full]) if full else None
+        batch = collate([cut[i] for i in full], source.measured) if full else None
         yield Windows(places, full, batch, finished)
 
 
@@ -236,12 +248,13 @@ def join_halves(window: Window, first: Strip, second: Strip) -> Strip:
     )
 
 
-def collate(parts: list[Strip]) -> Batch:
-    """Windows as one batch; validity is left out where every pixel is valid."""
+def collate(parts: list[Strip], measured: Mapping[str, NDArray[np.bool_]]) -> Batch:
+    """Windows as one batch; validity and channels are named only where something is missing."""
     images, valid = {}, {}
     for m in parts[0].images:
         images[m] = torch.from_numpy(np.stack([p.images[m] for p in parts]))
         if not all(p.valid[m].all() for p in parts):
             mask = np.stack([p.valid[m] for p in parts])
             valid[m] = torch.from_numpy(mask[:, :, None])
-    return Batch(images=images, valid=valid)
+    channels = {m: torch.from_numpy(np.stack([c] * len(parts))) for m, c in measured.items()}
+    return Batch(images=images, valid=valid, channels=channels)
