@@ -222,3 +222,45 @@ def test_unknown_key_and_missing_store_are_one_line(tmp_path: Path) -> None:
         assert err.startswith("error: ")
         assert err.count("\n") == 1
     assert not (tmp_path / "runs" / "pre" / "state").exists()
+
+
+def test_tensorboard_has_every_step(store: Path, tmp_path: Path) -> None:
+    pytest.importorskip("tensorboard")
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    pretrain(replace(request(store, tmp_path), tensorboard=True))
+    events = EventAccumulator(str(tmp_path / "tensorboard"))
+    events.Reload()
+    assert [e.step for e in events.Scalars("loss")] == [1, 2, 3, 4]
+    assert [e.value for e in events.Scalars("loss")] == pytest.approx(
+        [row["loss"] for row in curve(tmp_path)]
+    )
+
+
+def test_missing_tensorboard_says_how_to_get_it(
+    store: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", None)
+    with pytest.raises(ValueError, match=r"pip install 'ringmoe\[tensorboard\]'"):
+        pretrain(replace(request(store, tmp_path), tensorboard=True))
+
+
+def test_routing_is_logged_and_dead_experts_are_called(
+    store: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    pretrain(request(store, tmp_path / "a", "train.log_every=1"))
+    rows = Journal(tmp_path / "a" / "routing.jsonl").rows()
+    assert [row["step"] for row in rows] == [1, 2, 3, 4]
+    shares = rows[-1]["shares"]
+    assert set(shares) == {"collaborative", "specialised"}
+    for by_modality in shares.values():
+        assert set(by_modality) == {"opt", "ms", "sar-l1", "sar-l2"}
+        for layers in by_modality.values():
+            assert len(layers) == 4
+            assert all(sum(row) == pytest.approx(1, abs=1e-3) for row in layers)
+    assert set(rows[-1]["entropy"]["collaborative"]) == set(shares["collaborative"])
+    assert rows[-1]["dropped"]["collaborative"] == [0, 0, 0, 0]
+    assert "no token has met" not in capsys.readouterr().err
+    lonely = ("train.log_every=1", "train.steps=10", "train.warmup_steps=2", "train.batch_size=4")
+    pretrain(request(store, tmp_path / "b", *lonely, "model.specialised=16"))
+    assert "no token has met" in capsys.readouterr().err

@@ -16,7 +16,7 @@ from model.batch import Batch
 from model.checkpoint import read_config
 from model.journal import Journal
 from model.optim import learning_rate
-from model.train import NonFiniteLossError, StepReport, TrainConfig, train
+from model.train import NonFiniteLossError, StepReport, TrainConfig, recompute_blocks, train
 
 
 @dataclass
@@ -161,3 +161,35 @@ def test_bf16_trains_like_fp32(tmp_path: Path) -> None:
         losses[precision] = [row["loss"] for row in rows]
     assert losses["bf16"] == pytest.approx(losses["fp32"], rel=0.02)
     assert losses["bf16"] != losses["fp32"]
+
+
+def test_recomputed_activations_give_the_same_losses(tmp_path: Path) -> None:
+    for recompute in (False, True):
+        net = training.network()
+        if recompute:
+            recompute_blocks(net)
+        settings = training.settings(steps=3)
+        folder = tmp_path / str(recompute)
+        train(net, training.stream(settings), settings, folder, publish=lambda step: None)
+    rows = [Journal(tmp_path / str(r) / "metrics.jsonl").rows() for r in (False, True)]
+    assert [r["loss"] for r in rows[0]] == [r["loss"] for r in rows[1]]
+    assert [r["grad_norm"] for r in rows[0]] == [r["grad_norm"] for r in rows[1]]
+
+
+def test_recomputation_keeps_fewer_activations() -> None:
+    kept = []
+    for recompute in (False, True):
+        net = training.network()
+        if recompute:
+            recompute_blocks(net)
+        sizes: dict[int, int] = {}
+
+        def remember(tensor: Tensor, sizes: dict[int, int] = sizes) -> Tensor:
+            sizes[tensor.data_ptr()] = tensor.nbytes
+            return tensor
+
+        batch = next(training.stream(training.settings(batch_size=16))(0))
+        with torch.autograd.graph.saved_tensors_hooks(remember, lambda tensor: tensor):
+            net.loss(batch)
+        kept.append(sum(sizes.values()))
+    assert kept[1] < 0.6 * kept[0]
