@@ -48,8 +48,9 @@ def copy(scene: Path, out: Path) -> None:
     import zarr
 
     from ringmoe_cli.scene.layout import codec
+    from ringmoe_cli.scene.raster import SAFE_OPTIONS
 
-    with rasterio.open(scene) as source:
+    with rasterio.Env(**SAFE_OPTIONS), rasterio.open(scene) as source:
         array = zarr.create_array(
             out, shape=(source.count, source.height, source.width), dtype="uint16",
             chunks=(source.count, 256, 256), compressors=[codec()], zarr_format=2,

@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 from ringmoe_cli.errors import BadBlockError
 from ringmoe_cli.scene.grid import Window
 from ringmoe_cli.scene.radiometry import calibrate, to_physical, valid_pixels
-from ringmoe_cli.scene.raster import open_raster
+from ringmoe_cli.scene.raster import SAFE_OPTIONS, open_raster
 from ringmoe_cli.scene.scene import Band, Scene
 
 
@@ -101,15 +101,17 @@ class SceneReader:
         return fine[:, row : row + window.height, col : col + window.width]
 
     def _decode(self, path: str, indexes: list[int], window: Window) -> NDArray[Any]:
+        import rasterio
         from rasterio.errors import RasterioError
         from rasterio.windows import Window as RasterWindow
 
         dataset = self._dataset(path)
         part = RasterWindow(window.col, window.row, window.width, window.height)
         try:
-            if indexes == [0]:
-                return np.asarray(dataset.dataset_mask(window=part))[None]
-            return np.asarray(dataset.read(indexes, window=part))
+            with rasterio.Env(**SAFE_OPTIONS):  # outside, GDAL's cache grows to 5 % of the memory
+                if indexes == [0]:
+                    return np.asarray(dataset.dataset_mask(window=part))[None]
+                return np.asarray(dataset.read(indexes, window=part))
         except (RasterioError, ValueError) as error:
             raise BadBlockError(
                 f"{path}: band {', '.join(map(str, indexes))}, rows {window.row}-"
