@@ -1,6 +1,6 @@
 """The `ringmoe` command: one line per sub-command, and what happens when one fails."""
 
-import importlib.util
+import importlib
 import inspect
 import os
 import signal
@@ -13,7 +13,10 @@ import typer
 from ringmoe_cli import __version__, console
 from ringmoe_cli.errors import RingmoeError
 
-COMMANDS = tuple(c for c in ("demo", "tile", "pretrain", "finetune", "evaluate", "prune", "predict", "embed", "inspect", "plan", "convert") if importlib.util.find_spec(f"ringmoe_cli.commands.{c}"))  # fmt: skip
+COMMANDS = (
+    "demo", "tile", "pretrain", "finetune", "evaluate", "predict", "embed", "prune", "convert",
+    "inspect", "plan",
+)  # fmt: skip
 """Each is a function of the same name in `ringmoe_cli.commands.<name>`, in the order of use."""
 
 app = typer.Typer(

@@ -1,0 +1,1 @@
+"""Files and coordinates: scenes, the tile store, labels, maps, and the simulated scene."""
