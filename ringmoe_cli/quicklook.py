@@ -73,8 +73,13 @@ def draw_quicklook(target: str, path: Path, allow_remote: bool = False) -> None:
 
 
 def draw_curves(run: str, path: Path) -> None:
-    """Draw every number a run has logged against its steps."""
-    picture.save_curves(path, rows_of(run, "metrics.jsonl"))
+    """Draw every number a run has logged; below, of a pre-training run, what it fills in."""
+    from model.checkpoint import read_config
+    from ringmoe_cli.reconstruction import reconstructions
+
+    rows = rows_of(run, "metrics.jsonl")
+    pretrained = read_config(run).pretraining is not None
+    picture.save_curves(path, rows, reconstructions(Path(run)) if pretrained else None)
 
 
 def draw_routing(run: str, path: Path) -> None:

@@ -7,8 +7,11 @@ import numpy as np
 import pytest
 
 from ringmoe_cli.demo import DemoRequest, demo, divide, rivals, score_map, width_of
-from ringmoe_cli.errors import OutputExistsError, RingmoeError
+from ringmoe_cli.errors import CheckpointError, OutputExistsError, RingmoeError
+from ringmoe_cli.quicklook import draw_curves
+from ringmoe_cli.reconstruction import reconstructions
 from ringmoe_cli.scene.baselines import linear_map, majority_map, with_neighbourhood
+from ringmoe_cli.scene.picture import NODATA
 from ringmoe_cli.scene.simulate import read_raster, simulate_scene
 
 
@@ -69,6 +72,31 @@ def test_an_interrupted_demo_goes_on_to_the_same_result(finished, tmp_path):
     assert (copy / "runs" / "seg" / "metrics.jsonl").stat().st_mtime_ns == before
     assert (copy / "map.tif").read_bytes() == (folder / "map.tif").read_bytes()
     assert (copy / "picture.png").read_bytes() == (folder / "picture.png").read_bytes()
+
+
+def test_reconstructions_show_what_was_hidden(finished, tmp_path):
+    folder, _ = finished
+    rows = reconstructions(folder / "runs" / "pre")
+    assert set(rows) == {"opt", "ms", "sar-l1", "sar-l2"}
+    for images in rows.values():
+        assert list(images) == ["input", "masked", "reconstructed"]
+        assert {i.shape for i in images.values()} == {(64, 2 * 64 + 3, 3)}
+        hidden = (images["masked"] == NODATA).all(axis=2)
+        assert 0.55 < hidden[:, :64].mean() < 0.75  # 10 of 16 cells
+        assert np.array_equal(images["input"][~hidden], images["reconstructed"][~hidden])
+        assert not np.array_equal(images["input"][hidden], images["reconstructed"][hidden])
+    draw_curves(str(folder / "runs" / "pre"), tmp_path / "curves.png")
+    draw_curves(str(folder / "runs" / "seg"), tmp_path / "short.png")
+    assert (tmp_path / "curves.png").stat().st_size > (tmp_path / "short.png").stat().st_size
+    with pytest.raises(CheckpointError, match="reconstructs nothing"):
+        reconstructions(folder / "runs" / "seg")
+    moved = tmp_path / "pre"
+    shutil.copytree(folder / "runs" / "pre", moved)
+    store, away = folder / "tiles.zarr", folder / "away"
+    store.rename(away)
+    with pytest.raises(CheckpointError, match="not here"):
+        reconstructions(moved)
+    away.rename(store)
 
 
 def test_other_seeds_and_other_folders_are_left_alone(finished, tmp_path):

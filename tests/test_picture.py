@@ -74,7 +74,7 @@ def drawings():
     return {
         "triptych": lambda p: picture.save_triptych(p, triple, ["a", "b"], COLOURS, "mIoU 0.5"),
         "curves": lambda p: picture.save_curves(p, rows),
-        "reconstructions": lambda p: picture.save_reconstructions(p, {"opt": triple, "ms": triple}),
+        "reconstructions": lambda p: picture.save_curves(p, rows, {"opt": triple, "ms": triple}),
         "routing": lambda p: picture.save_routing(p, shares),
         "confusion": lambda p: picture.save_confusion(p, np.eye(3) * 7 + 1, ["a", "b", "c"]),
     }

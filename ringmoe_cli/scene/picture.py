@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
-    from matplotlib.figure import Figure
+    from matplotlib.figure import Figure, SubFigure
 
 Colour = tuple[int, int, int]
 Image = NDArray[np.uint8]
@@ -125,30 +125,56 @@ def save_panels(path: Path, images: Mapping[str, Image]) -> None:
     save(figure, path)
 
 
-def save_curves(path: Path, rows: Sequence[Mapping[str, Any]]) -> None:
-    """Losses of a run against its steps, one small plot for each number that `metrics.jsonl` logs.
+def save_curves(
+    path: Path,
+    rows: Sequence[Mapping[str, Any]],
+    reconstructions: Mapping[str, Mapping[str, Image]] | None = None,
+) -> None:
+    """Every number that a run logs against its steps, and below what pre-training fills in.
 
     Args:
         path: PNG file.
         rows: lines of `metrics.jsonl`: `step`, `loss`, and any number of others.
+        reconstructions: modality -> caption ("input", "masked", "reconstructed") -> (H, W, 3).
     """
     timing = {"step", "seconds", "data_wait", "images_per_s", "skipped"}
     names = [n for n in dict.fromkeys(k for r in rows for k in r) if n not in timing]
     names = [n for n in names if any(isinstance(r.get(n), int | float) for r in rows)]
     columns = min(4, len(names))
-    lines = -(-len(names) // columns)
-    figure = new_figure(3.1 * columns, 2.3 * lines)
-    grid = figure.subplots(lines, columns, squeeze=False).ravel()
+    heights = [2.3 * -(-len(names) // columns), 1.7 * len(reconstructions or ())]
+    figure = new_figure(3.1 * columns, sum(heights))
+    upper: Figure | SubFigure = figure
+    if reconstructions:
+        parts: Any = figure.subfigures(2, 1, height_ratios=heights)
+        upper, lower = parts
+        draw_rows(lower, reconstructions)
+    grid = upper.subplots(-(-len(names) // columns), columns, squeeze=False).ravel()
     for number, (axes, name) in enumerate(zip(grid, names, strict=False)):
         points = [(r["step"], r[name]) for r in rows if isinstance(r.get(name), int | float)]
-        steps, values = (np.array(axis, float) for axis in zip(*points, strict=True))
-        colour = LINES[number % len(LINES)]
-        axes.plot(steps, values, color=colour, alpha=0.25, linewidth=0.8)
-        axes.plot(steps, running_mean(values), color=colour, linewidth=1.6)
-        tidy(axes, name)
+        draw_curve(axes, name, points, LINES[number % len(LINES)])
     for axes in grid[len(names) :]:
         axes.set_axis_off()
     save(figure, path)
+
+
+def draw_curve(axes: "Axes", name: str, points: Sequence[tuple[float, float]], colour: str) -> None:
+    """One number against the steps: faint as logged, strong as running mean."""
+    steps, values = (np.array(axis, float) for axis in zip(*points, strict=True))
+    axes.plot(steps, values, color=colour, alpha=0.25, linewidth=0.8)
+    axes.plot(steps, running_mean(values), color=colour, linewidth=1.6)
+    tidy(axes, name)
+
+
+def draw_rows(figure: "SubFigure", rows: Mapping[str, Mapping[str, Image]]) -> None:
+    """Pictures in rows, one row per name."""
+    columns = max(len(images) for images in rows.values())
+    grid = figure.subplots(len(rows), columns, squeeze=False)
+    for line, (name, images) in zip(grid, rows.items(), strict=True):
+        for axes in line:
+            axes.set_axis_off()
+        for axes, (caption, image) in zip(line, images.items(), strict=False):
+            axes.imshow(image, interpolation="nearest")
+            axes.set_title(f"{name}: {caption}", fontsize=9, color=INK, loc="left")
 
 
 def running_mean(values: NDArray[np.float64]) -> NDArray[np.float64]:
@@ -159,25 +185,6 @@ def running_mean(values: NDArray[np.float64]) -> NDArray[np.float64]:
     low, high = np.maximum(at - half, 0), np.minimum(at + half + 1, len(values))
     mean: NDArray[np.float64] = (sums[high] - sums[low]) / (high - low)
     return mean
-
-
-def save_reconstructions(path: Path, rows: Mapping[str, Mapping[str, Image]]) -> None:
-    """What pre-training sees and says: one row per modality.
-
-    Args:
-        path: PNG file.
-        rows: modality -> caption ("input", "masked", "reconstructed") -> (H, W, 3).
-    """
-    columns = max(len(images) for images in rows.values())
-    figure = new_figure(2.2 * columns, 2.3 * len(rows))
-    grid = figure.subplots(len(rows), columns, squeeze=False)
-    for line, (name, images) in zip(grid, rows.items(), strict=True):
-        for axes in line:
-            axes.set_axis_off()
-        for axes, (caption, image) in zip(line, images.items(), strict=False):
-            axes.imshow(image, interpolation="nearest")
-            axes.set_title(f"{name}: {caption}", fontsize=9, color=INK, loc="left")
-    save(figure, path)
 
 
 def save_routing(path: Path, shares: Mapping[str, Mapping[str, NDArray[Any]]]) -> None:
