@@ -1,23 +1,42 @@
 """The `ringmoe` command: one line per sub-command, and what happens when one fails."""
 
-import importlib
-import inspect
 import os
 import signal
 import sys
 from collections.abc import Callable
+from inspect import cleandoc
 from typing import Any, NoReturn
 
 import typer
 
 from ringmoe_cli import __version__, console
+from ringmoe_cli.commands.convert import convert
+from ringmoe_cli.commands.demo import demo
+from ringmoe_cli.commands.embed import embed
+from ringmoe_cli.commands.evaluate import evaluate
+from ringmoe_cli.commands.finetune import finetune
+from ringmoe_cli.commands.inspect import inspect
+from ringmoe_cli.commands.plan import plan
+from ringmoe_cli.commands.predict import predict
+from ringmoe_cli.commands.pretrain import pretrain
+from ringmoe_cli.commands.prune import prune
+from ringmoe_cli.commands.tile import tile
 from ringmoe_cli.errors import RingmoeError
 
-COMMANDS = (
-    "demo", "tile", "pretrain", "finetune", "evaluate", "predict", "embed", "prune", "convert",
-    "inspect", "plan",
-)  # fmt: skip
-"""Each is a function of the same name in `ringmoe_cli.commands.<name>`, in the order of use."""
+COMMANDS: tuple[Callable[..., None], ...] = (
+    demo,
+    tile,
+    pretrain,
+    finetune,
+    evaluate,
+    predict,
+    embed,
+    prune,
+    convert,
+    inspect,
+    plan,
+)
+"""In the order of use."""
 
 app = typer.Typer(
     name="ringmoe",
@@ -47,14 +66,13 @@ def root(
 
 def help_text(function: Callable[..., None]) -> str:
     """A command's docstring as help: paragraphs re-flowed, the examples left as they stand."""
-    text, _, examples = inspect.cleandoc(function.__doc__ or "").partition("\nExamples:\n")
+    text, _, examples = cleandoc(function.__doc__ or "").partition("\nExamples:\n")
     paragraphs = "\n\n".join(" ".join(p.split()) for p in text.split("\n\n"))
     return f"{paragraphs}\n\n\b\nExamples:\n{examples}"
 
 
-for _name in COMMANDS:
-    _command = getattr(importlib.import_module(f"ringmoe_cli.commands.{_name}"), _name)
-    app.command(_name, help=help_text(_command))(_command)
+for command in COMMANDS:
+    app.command(command.__name__, help=help_text(command))(command)
 
 
 def interrupted(*_: Any) -> NoReturn:

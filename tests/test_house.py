@@ -84,7 +84,7 @@ def test_file_is_short(path: Path) -> None:
 def commands() -> list[str]:
     from ringmoe_cli.app import COMMANDS
 
-    return list(COMMANDS)
+    return [command.__name__ for command in COMMANDS]
 
 
 @pytest.mark.parametrize("command", commands())
