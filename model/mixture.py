@@ -15,6 +15,9 @@ from torch.autograd.function import once_differentiable
 CHUNK = 1024
 """Tokens per step of a CPU forward pass: the hidden activations stay small, in cache and heap."""
 
+WIDE = 768
+"""Width from which a left operand in bfloat16 is better transposed by a copy."""
+
 Stack = tuple[Tensor, Tensor, Tensor, Tensor]
 """fc1.weight (E, F, D), fc1.bias (E, F), fc2.weight (E, D, F), fc2.bias (E, D)."""
 
@@ -110,10 +113,10 @@ class Mixture(torch.autograd.Function):
                 x, dy = x_TD.index_select(0, rows), dy_TD.index_select(0, rows)
                 torch.sum(dy * next(kept), dim=1, out=dgate)
                 dy = dy * gate[:, None]
-            torch.mm(transposed(dy), active, out=dw2)
+            outer(dy, active, dw2)
             torch.sum(dy, dim=0, out=db2)
             dhidden = torch.ops.aten.gelu_backward(dy @ w2, hidden, approximate=plan.form)
-            torch.mm(transposed(dhidden), x, out=dw1)
+            outer(dhidden, x, dw1)
             torch.sum(dhidden, dim=0, out=db1)
             if rows is None:
                 torch.mm(dhidden, w1, out=dx_TD)
@@ -163,11 +166,14 @@ def fused_linear_runs(x: Tensor) -> bool:
     )
 
 
-def transposed(x: Tensor, block: int = 64) -> Tensor:
-    """The transpose, as a left operand; written out in blocks where oneDNN would gather it."""
-    if not (x.is_cpu and x.dtype == torch.bfloat16):
-        return x.t()
-    out = x.new_empty(x.shape[1], x.shape[0])
-    for i in range(0, len(x), block):
-        out[:, i : i + block] = x[i : i + block].t()
-    return out
+def outer(left_NP: Tensor, right_NQ: Tensor, out_PQ: Tensor) -> None:
+    """leftᵀ·right, the gradient of a weight.
+
+    oneDNN takes twice as long for a transposed left operand in bfloat16; writing the transpose
+    out first costs less as soon as the right operand is wide.
+    """
+    slow = left_NP.is_cpu and left_NP.dtype == torch.bfloat16
+    if slow and right_NQ.shape[1] >= WIDE:
+        torch.mm(left_NP.t().contiguous(), right_NQ, out=out_PQ)
+    else:
+        torch.mm(left_NP.t(), right_NQ, out=out_PQ)

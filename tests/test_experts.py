@@ -9,6 +9,7 @@ from torch import Tensor
 
 from model.config import ModelConfig
 from model.experts import ExpertBank, RMoE
+from model.mixture import outer
 from model.router import Router
 
 
@@ -216,3 +217,12 @@ def test_fast_inference_is_as_near_the_truth_as_plain_layers(form, dtype):
     truth = plain(torch.float64)
     error = (fast - truth).square().mean()
     assert error < max(1.05 * (plain(dtype) - truth).square().mean(), 1e-11)
+
+
+@pytest.mark.parametrize("width", [8, 800])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_weight_gradients_of_narrow_and_wide_layers(width, dtype):
+    left, right = torch.randn(70, 24).to(dtype), torch.randn(70, width).to(dtype)
+    out = torch.empty(24, width, dtype=dtype)
+    outer(left, right, out)
+    torch.testing.assert_close(out.double(), left.double().T @ right.double(), rtol=1e-2, atol=0.1)
