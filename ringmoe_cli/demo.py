@@ -36,14 +36,14 @@ class DemoRequest:
     """Of the world and of training."""
     overwrite: bool = False
     """Start over in a folder that holds a demo."""
-    height: int = 1024
+    width: int = 1024
     """Of the world in pixels."""
-    training_width: int = 896
-    """Columns that the model may see."""
+    training_height: int = 896
+    """Rows that the model may see."""
     guard: int = 64
-    """Columns between, as wide as a window, that nobody uses."""
-    held_out_width: int = 256
-    """Columns that are mapped and scored."""
+    """Rows between, as many as a window has, that nobody uses."""
+    held_out_height: int = 256
+    """Rows that are mapped and scored."""
     pretraining: tuple[str, ...] = ("train.steps=60", "train.batch_size=32", "train.save_every=30")
     """What differs from the recipe pretrain-nano."""
     finetuning: tuple[str, ...] = (
@@ -80,7 +80,7 @@ def demo(request: DemoRequest) -> dict[str, Any]:
     """
     folder, clock = claim_folder(request), Clock()
     with clock.stage("simulate", f"a landscape seen by four sensors, seed {request.seed}"):
-        world = simulate_scene(request.seed, (request.height, width_of(request)))
+        world = simulate_scene(request.seed, (height_of(request), request.width))
         training, held_out = divide(world, request)
     with clock.stage("tile", "the training part in four modalities, with labels"):
         store = tile(training, folder)
@@ -95,17 +95,17 @@ def demo(request: DemoRequest) -> dict[str, Any]:
     return {**report, "seconds": clock.seconds}
 
 
-def width_of(request: DemoRequest) -> int:
-    """Columns of the world."""
-    return request.training_width + request.guard + request.held_out_width
+def height_of(request: DemoRequest) -> int:
+    """Rows of the world."""
+    return request.training_height + request.guard + request.held_out_height
 
 
 def divide(world: SimulatedScene, request: DemoRequest) -> tuple[SimulatedScene, SimulatedScene]:
     """The part to learn from and the part to be judged on, with the guard strip between."""
-    start = request.training_width + request.guard
+    start = request.training_height + request.guard
     return (
-        world.crop(0, 0, request.height, request.training_width),
-        world.crop(0, start, request.height, request.held_out_width),
+        world.crop(0, 0, request.training_height, request.width),
+        world.crop(start, 0, request.held_out_height, request.width),
     )
 
 

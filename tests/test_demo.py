@@ -6,7 +6,7 @@ import shutil
 import numpy as np
 import pytest
 
-from ringmoe_cli.demo import DemoRequest, demo, divide, rivals, score_map, width_of
+from ringmoe_cli.demo import DemoRequest, demo, divide, rivals, score_map, height_of
 from ringmoe_cli.errors import CheckpointError, OutputExistsError, RingmoeError
 from ringmoe_cli.quicklook import draw_curves
 from ringmoe_cli.reconstruction import reconstructions
@@ -18,9 +18,9 @@ from ringmoe_cli.scene.simulate import read_raster, simulate_scene
 def small(folder, **changes):
     return DemoRequest(
         folder,
-        height=256,
-        training_width=320,
-        held_out_width=128,
+        width=256,
+        training_height=320,
+        held_out_height=128,
         pretraining=("train.steps=2", "train.batch_size=8"),
         finetuning=("train.steps=3", "train.batch_size=4"),
         **changes,
@@ -117,9 +117,9 @@ def test_other_seeds_and_other_folders_are_left_alone(finished, tmp_path):
 
 def test_training_and_held_out_parts_do_not_touch():
     request = small(None)
-    world = simulate_scene(0, (request.height, width_of(request)))
+    world = simulate_scene(0, (height_of(request), request.width))
     training, held_out = divide(world, request)
-    gap = (held_out.origin[0] - training.origin[0]) / 5 - training.labels.shape[1]
+    gap = (training.origin[1] - held_out.origin[1]) / 5 - training.labels.shape[0]
     assert gap == request.guard >= 64
     maps = rivals(training, held_out)
     assert all(m.shape == held_out.labels.shape for m in maps.values())

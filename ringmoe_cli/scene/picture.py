@@ -81,7 +81,7 @@ def save_triptych(
     colours: Sequence[Colour],
     footer: str = "",
 ) -> None:
-    """Images of equal size side by side with one legend: input, truth, prediction.
+    """Images of equal size with one legend: input, truth, prediction; wide ones under each other.
 
     Args:
         path: PNG file.
@@ -93,10 +93,11 @@ def save_triptych(
     from matplotlib.patches import Patch
 
     height, width = next(iter(images.values())).shape[:2]
-    each = 4.0 if width >= height else 4.0 * max(width / height, 0.4)
-    tall = each * height / width
-    figure = new_figure(each * len(images) + 0.2, tall + 1.0)
-    for axes, (caption, image) in zip(row_of(figure, len(images)), images.items(), strict=True):
+    lines, columns = (len(images), 1) if width > 2 * height else (1, len(images))
+    each = 9.0 / columns
+    figure = new_figure(9.2, lines * (each * height / width + 0.25) + 0.8)
+    grid = figure.subplots(lines, columns, squeeze=False).ravel()
+    for axes, (caption, image) in zip(grid, images.items(), strict=True):
         axes.imshow(thinned(image.transpose(2, 0, 1)).transpose(1, 2, 0), interpolation="nearest")
         axes.set_title(caption, fontsize=10, color=INK, loc="left")
         axes.set_axis_off()
