@@ -6,7 +6,7 @@ import shutil
 import numpy as np
 import pytest
 
-from ringmoe_cli.demo import DemoRequest, demo, divide, rivals, score_map, height_of
+from ringmoe_cli.demo import DemoRequest, demo, divide, height_of, rivals, score_map
 from ringmoe_cli.errors import CheckpointError, OutputExistsError, RingmoeError
 from ringmoe_cli.quicklook import draw_curves
 from ringmoe_cli.reconstruction import reconstructions
