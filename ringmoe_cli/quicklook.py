@@ -8,7 +8,8 @@ from typing import Any, Protocol
 import numpy as np
 from numpy.typing import NDArray
 
-from ringmoe_cli.errors import RingmoeError
+from ringmoe_cli import console
+from ringmoe_cli.errors import CheckpointError, RingmoeError
 from ringmoe_cli.scene import picture
 from ringmoe_cli.scene.grid import Grid, Window
 
@@ -78,8 +79,13 @@ def draw_curves(run: str, path: Path) -> None:
     from ringmoe_cli.reconstruction import reconstructions
 
     rows = rows_of(run, "metrics.jsonl")
-    pretrained = read_config(run).pretraining is not None
-    picture.save_curves(path, rows, reconstructions(Path(run)) if pretrained else None)
+    filled = None
+    if read_config(run).pretraining is not None:
+        try:
+            filled = reconstructions(Path(run))
+        except CheckpointError as error:
+            console.warn(f"no reconstructions: {error}")
+    picture.save_curves(path, rows, filled)
 
 
 def draw_routing(run: str, path: Path) -> None:

@@ -49,7 +49,7 @@ def test_scores_are_those_of_the_files(finished):
     folder, report = finished
     guess = read_raster(folder / "map.tif")[0]
     truth = read_raster(folder / "held_out" / "landcover.tif")[0]
-    assert guess.shape == truth.shape == (256, 128)
+    assert guess.shape == truth.shape == (128, 256)
     assert score_map(guess, truth, 6) == report["scores"]["ringmoe"]
 
 
@@ -74,7 +74,7 @@ def test_an_interrupted_demo_goes_on_to_the_same_result(finished, tmp_path):
     assert (copy / "picture.png").read_bytes() == (folder / "picture.png").read_bytes()
 
 
-def test_reconstructions_show_what_was_hidden(finished, tmp_path):
+def test_reconstructions_show_what_was_hidden(finished, tmp_path, capsys):
     folder, _ = finished
     rows = reconstructions(folder / "runs" / "pre")
     assert set(rows) == {"opt", "ms", "sar-l1", "sar-l2"}
@@ -90,13 +90,14 @@ def test_reconstructions_show_what_was_hidden(finished, tmp_path):
     assert (tmp_path / "curves.png").stat().st_size > (tmp_path / "short.png").stat().st_size
     with pytest.raises(CheckpointError, match="reconstructs nothing"):
         reconstructions(folder / "runs" / "seg")
-    moved = tmp_path / "pre"
-    shutil.copytree(folder / "runs" / "pre", moved)
     store, away = folder / "tiles.zarr", folder / "away"
     store.rename(away)
     with pytest.raises(CheckpointError, match="not here"):
-        reconstructions(moved)
+        reconstructions(folder / "runs" / "pre")
+    draw_curves(str(folder / "runs" / "pre"), tmp_path / "only.png")
     away.rename(store)
+    assert "not here" in capsys.readouterr().err
+    assert (tmp_path / "only.png").stat().st_size < (tmp_path / "curves.png").stat().st_size
 
 
 def test_other_seeds_and_other_folders_are_left_alone(finished, tmp_path):

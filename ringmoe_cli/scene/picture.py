@@ -262,11 +262,6 @@ def new_figure(width: float, height: float) -> "Figure":
     return figure
 
 
-def row_of(figure: "Figure", count: int) -> "list[Axes]":
-    """Axes side by side."""
-    return list(figure.subplots(1, count, squeeze=False)[0])
-
-
 def tidy(axes: "Axes", title: str) -> None:
     """A plot with as little ink as will do."""
     axes.set_title(title, fontsize=9, color=INK, loc="left")
