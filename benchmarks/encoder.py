@@ -52,31 +52,44 @@ def seconds(passes: list[Callable[[], object]], budget: float) -> list[float]:
     return [median(spent) for spent in times]
 
 
+def block_row(preset: str, stage: int, images: int, dtype: torch.dtype, budget: float) -> str:
+    """One block over `F.linear`."""
+    config = ModelConfig.preset(preset, channels={"opt": 3})
+    width, side = config.widths[stage], 192 // (4 * 2**stage)
+    block = Block(config, stage, 0).eval()
+    for parameter in block.parameters():
+        torch.nn.init.normal_(parameter, std=0.02)
+    block = block.to(dtype)
+    x = torch.randn(images, side, side, width, dtype=dtype)
+    flat, weight = x.flatten(0, 2), torch.randn(4 * width, width, dtype=dtype)
+    ours, linear = seconds(
+        [lambda: block(x, {"opt": images}), lambda: F.linear(flat, weight)], budget
+    )
+    rate = block_flops(width, len(flat), config.stage_window(stage), 3) / ours / 1e9
+    peak = 8 * len(flat) * width**2 / linear / 1e9
+    cells = f"{width} | {side}² | {images} | {rate:.0f} | {peak:.0f} | {rate / peak:.2f}"
+    return f"| {str(dtype)[6:]} | {cells} |"
+
+
 def blocks(budget: float) -> None:
     """Blocks of width 896 and more over `F.linear`."""
     print("| type | width | grid | images | block GFLOP/s | F.linear GFLOP/s | ratio |")
     print("|---|--:|--:|--:|--:|--:|--:|")
     for dtype in (torch.bfloat16, torch.float32):
         for preset, stage, images in (("14b", 1, 2), ("14b", 1, 8), ("14b", 2, 8), ("base", 3, 32)):
-            config = ModelConfig.preset(preset, channels={"opt": 3})
-            width, side = config.widths[stage], 192 // (4 * 2**stage)
-            block = Block(config, stage, 0).eval()
-            for parameter in block.parameters():
-                torch.nn.init.normal_(parameter, std=0.02)
-            block = block.to(dtype)
-            x = torch.randn(images, side, side, width, dtype=dtype)
-            weight = torch.randn(4 * width, width, dtype=dtype)
-            tokens = images * side**2
-            ours, linear = seconds(
-                [lambda: block(x, {"opt": images}), lambda: F.linear(x.flatten(0, 2), weight)],
-                budget,
-            )
-            rate = block_flops(width, tokens, config.stage_window(stage), 3) / ours / 1e9
-            peak = 8 * tokens * width**2 / linear / 1e9
-            name = str(dtype)[6:]
-            print(
-                f"| {name} | {width} | {side}² | {images} | {rate:.0f} | {peak:.0f} | {rate / peak:.2f} |"
-            )
+            print(block_row(preset, stage, images, dtype, budget), flush=True)
+
+
+def swin_row(
+    ours: RingMoE, theirs: torch.nn.Module, images: int, dtype: torch.dtype, budget: float
+) -> str:
+    """Both networks on the same images."""
+    image = torch.randn(images, 3, 192, 192, dtype=dtype)
+    a, b = seconds([lambda: ours({"opt": image}), lambda: theirs(image)], budget)
+    rate = encoder_flops(ours.config, 192, images, 3) / a / 1e9
+    other = encoder_flops(ours.config, 192, images, 1) / b / 1e9
+    cells = f"{rate:.0f} | {other:.0f} | {rate / other:.2f} | {a:.2f} | {b:.2f}"
+    return f"| {str(dtype)[6:]} | {images} | {cells} |"
 
 
 def swin(budget: float) -> None:
@@ -86,22 +99,12 @@ def swin(budget: float) -> None:
     print("| type | images | ours GFLOP/s | Swin V2 GFLOP/s | ratio | ours s | Swin V2 s |")
     print("|---|--:|--:|--:|--:|--:|--:|")
     config = ModelConfig.preset("base", channels={"opt": 3})
+    sizes = {"embed_dim": 128, "depths": [2, 2, 18, 2], "num_heads": [4, 8, 16, 32]}
     ours = RingMoE(config).eval()
-    theirs = Swinv2Model(
-        Swinv2Config(
-            image_size=192, embed_dim=128, depths=list(config.depths), window_size=12,
-            num_heads=list(config.num_heads),
-        )
-    ).eval()  # fmt: skip
+    theirs = Swinv2Model(Swinv2Config(image_size=192, window_size=12, **sizes)).eval()
     for dtype in (torch.float32, torch.bfloat16):
-        ours, theirs = ours.to(dtype), theirs.to(dtype)
-        for images in (1, 4):
-            image = torch.randn(images, 3, 192, 192, dtype=dtype)
-            a, b = seconds([lambda: ours({"opt": image}), lambda: theirs(image)], budget)
-            rate = encoder_flops(config, 192, images, 3) / a / 1e9
-            other = encoder_flops(config, 192, images, 1) / b / 1e9
-            cells = f"{rate:.0f} | {other:.0f} | {rate / other:.2f} | {a:.2f} | {b:.2f}"
-            print(f"| {str(dtype)[6:]} | {images} | {cells} |", flush=True)
+        for images in (1, 4, 16):
+            print(swin_row(ours.to(dtype), theirs.to(dtype), images, dtype, budget), flush=True)
 
 
 def main() -> None:
