@@ -225,6 +225,20 @@ def test_no_training_window_touches_a_held_out_pixel(side):
     assert len(moved) > 150  # random positions, not the lattice only
 
 
+def test_sensors_and_dates_of_one_place_hold_out_the_same_ground():
+    place = Grid(300, 300, "EPSG:32632", (10.0, 0.0, 5e5, 0.0, -10.0, 5e6))
+    items = [Drawn(300, 300, name=n) for n in ("ms", "ms+sar", "later")]
+    for item in items:
+        item.grid = place
+    split = split_by_block(items, 32, 0.2, seed=0)
+    held = [{p.window for p in split.held_out.places if p.item == i} for i in range(3)]
+    assert held[0] == held[1] == held[2]
+    elsewhere = Drawn(300, 300, name="ms")
+    elsewhere.grid = Grid(300, 300, "EPSG:32632", (10.0, 0.0, 6e5, 0.0, -10.0, 5e6))
+    other = split_by_block([elsewhere], 32, 0.2, seed=0)
+    assert {p.window for p in other.held_out.places} != held[0]
+
+
 def test_a_scene_too_small_to_divide_says_so():
     with pytest.raises(LabelError, match="too small to hold out a part"):
         split_by_block([Drawn(30, 30)], 32, 0.2, seed=0)

@@ -85,7 +85,8 @@ def split_by_block(items: Sequence[Labelled], size: int, share: float, seed: int
     """Hold out square blocks of every scene; no training window touches them.
 
     Blocks are two windows wide in scenes of at least eight windows, else one, so that held-out
-    pixels lie far from training ones where there is room. They are drawn by the scene's name.
+    pixels lie far from training ones where there is room. They are drawn by the place, so that
+    all sensors and dates of one place hold out the same ground.
 
     Raises:
         LabelError: if a scene is too small to be divided.
@@ -126,7 +127,8 @@ def draw_blocks(item: Labelled, size: int, share: float, seed: int) -> list[Wind
             f"{item.name} is too small to hold out a part of it ({len(blocks)} labelled block(s) "
             f"of {side} pixels); pass --val with other data, or a smaller task.window"
         )
-    rng = np.random.default_rng((seed, zlib.crc32(item.name.encode())))
+    where = repr((grid.transform, grid.height, grid.width)) if grid.has_transform else item.name
+    rng = np.random.default_rng((seed, zlib.crc32(where.encode())))
     order = rng.permutation(len(blocks))
     return [blocks[i] for i in order[: max(1, round(share * len(blocks)))]]
 
