@@ -10,6 +10,7 @@ features (EuroSAT pooled; Dubai per patch, images 0-31 against 32-47), and a sho
 """
 
 import argparse
+import copy
 import json
 import sys
 import tempfile
@@ -20,11 +21,11 @@ from pathlib import Path
 import numpy as np
 import torch
 from PIL import Image
-from sklearn.linear_model import LogisticRegression
+from sklearn.linear_model import RidgeClassifier
 from sklearn.preprocessing import StandardScaler
 from torch import Tensor
 
-from model.budget import layers
+from model.budget import heaviest, layers, pruned
 from model.calibration import Calibration, Moe, banks
 from model.checkpoint import read_config
 from model.config import ModelConfig
@@ -36,6 +37,8 @@ from model.rewrite import prune_checkpoint, result_config
 from ringmoe_cli.calibration import calibration_chips, routing_mass
 
 torch.set_num_threads(2)
+CHIPS = 1200
+"""Of EuroSAT: half to test, a third to train the probe."""
 BASELINES = ("ka", "kc", "ks", "shared", "random", "linear")
 
 
@@ -102,11 +105,15 @@ def student(source: Path, plan: Plan, ffns: dict[str, FFN]) -> RingMoE:
 
 
 def walk(
-    source: Path, plan: Plan, chips: dict[str, Tensor], imitate: Callable[..., FFN]
+    source: Path,
+    plan: Plan,
+    chips: dict[str, Tensor],
+    imitate: Callable[..., FFN],
+    settings: FitSettings,
 ) -> tuple[dict[str, FFN], dict[str, float]]:
     """Make every layer; the errors on held-out chips."""
     start = time.process_time()
-    walking = Calibration(source, plan, chips, imitate=imitate)
+    walking = Calibration(source, plan, chips, settings, imitate=imitate)
     ffns = {layer: walking(layer) for layer in layers(plan.source)}
     alone = [e.error for e in walking.errors]
     facts = {"alone": float(np.mean(alone)), "worst": max(alone), "path": walking.errors[-1].path}
@@ -125,31 +132,31 @@ def pooled(net: RingMoE, images: Tensor, modality: str) -> np.ndarray:
 
 @torch.no_grad()
 def per_patch(net: RingMoE, images: Tensor, modality: str) -> np.ndarray:
-    """All stages at the resolution of patches, (N·H/4·W/4, 15D)."""
+    """All stages at every fourth patch, (N, H/4·W/4/4, 15D)."""
     out = []
     for part in images.split(32):
         features = net({modality: part})[modality]
         size = features[0].shape[-2:]
         maps = [torch.nn.functional.interpolate(f, size, mode="bilinear") for f in features]
-        out.append(torch.cat(maps, dim=1).movedim(1, -1).flatten(0, 2)[::4])
+        out.append(torch.cat(maps, dim=1).movedim(1, -1).flatten(1, 2)[:, ::4])
     return torch.cat(out).numpy()
 
 
 def probe(train: np.ndarray, labels: np.ndarray, test: np.ndarray) -> np.ndarray:
-    """Classes that a logistic regression on frozen features predicts."""
+    """Classes that a ridge classifier on frozen features predicts."""
     scale = StandardScaler().fit(train)
-    model = LogisticRegression(max_iter=200, C=0.1).fit(scale.transform(train), labels)
+    model = RidgeClassifier(alpha=10.0).fit(scale.transform(train), labels)
     return model.predict(scale.transform(test))
 
 
 def eurosat(data: Path, normalise: Callable[[Tensor], Tensor]) -> tuple[Tensor, np.ndarray]:
-    """All chips and classes."""
+    """Some chips and their classes."""
     files = sorted((data / "05_scene_classification" / "eurosat_rgb").glob("*/*.jpg"))
     names = sorted({f.parent.name for f in files})
-    pixels = np.stack([np.asarray(Image.open(f)) for f in files]).transpose(0, 3, 1, 2)
-    return normalise(torch.from_numpy(pixels.astype(np.float32))), np.array(
-        [names.index(f.parent.name) for f in files]
-    )
+    some = [files[i] for i in np.random.default_rng(0).permutation(len(files))[:CHIPS]]
+    pixels = np.stack([np.asarray(Image.open(f)) for f in some]).transpose(0, 3, 1, 2)
+    labels = np.array([names.index(f.parent.name) for f in some])
+    return normalise(torch.from_numpy(pixels.astype(np.float32))), labels
 
 
 DUBAI = ((60, 16, 152), (132, 41, 246), (110, 193, 228), (254, 221, 58), (226, 169, 41))
@@ -232,6 +239,7 @@ def main() -> None:
     parser.add_argument("--tiles", type=Path, action="append", required=True)
     parser.add_argument("--modality", default="opt")
     parser.add_argument("--chips", type=int, default=512)
+    parser.add_argument("--steps", type=int, default=600, help="Of the fit, per layer.")
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--stages", default="dense,one")
     parser.add_argument("--methods", default=f"fit,raw-ka,raw-kc,raw-shared,{','.join(BASELINES)}")
@@ -240,13 +248,10 @@ def main() -> None:
     about = read_config(arguments.model)
     modality, config = arguments.modality, about.model
     part = sub_model(config, (modality,))
-    norm = about.normalisation[modality]
-    mean, std = (torch.tensor(v)[:, None, None] for v in (norm.mean, norm.std))
 
     def normalise(pixels: Tensor) -> Tensor:
         return (pixels - pixels.mean((0, 2, 3), keepdim=True)) / pixels.std((0, 2, 3), keepdim=True)
 
-    del mean, std
     chips = calibration_chips(arguments.tiles, about, (modality,), arguments.chips)
     sets = eurosat(arguments.data, normalise)
     crops, truth, training = dubai(arguments.data, normalise, config.image_size)
@@ -261,7 +266,7 @@ def main() -> None:
                 if method == "fit"
                 else baseline(method.removeprefix("raw-"), not method.startswith("raw-"))
             )
-            ffns, errors = walk(arguments.model, plan, chips, imitate)
+            ffns, errors = walk(arguments.model, plan, chips, imitate, FitSettings(arguments.steps))
             net = student(arguments.model, plan, ffns)
             scores = accuracies(net, sets, (crops, truth, training), arguments)
             print(json.dumps({"stage": stage, "method": method, **errors, **scores}), flush=True)
@@ -279,8 +284,6 @@ def plan_of(
     mass = routing_mass(source, part, chips)
     if stage == "dense":
         return plan_pruning(config, (modality,), None, mass, "fit")
-    from model.budget import heaviest, pruned
-
     chosen = pruned(part, heaviest(part, mass, "collaborative", 0.25))
     return Plan(config, chosen, chosen, "fit", 0, 0)
 
@@ -291,32 +294,28 @@ def accuracies(
     scenes: tuple[Tensor, np.ndarray, np.ndarray],
     arguments: argparse.Namespace,
 ) -> dict[str, list[float]]:
-    """Frozen probes (and fine-tuning) for every seed."""
-    x, labels = sets
+    """Frozen probes, and fine-tuning, for every seed (which part of the training data is used)."""
     modality = arguments.modality
-    result: dict[str, list[float]] = {"probe": [], "segmentation": []}
+    x, labels = sets
+    test = np.arange(CHIPS) < CHIPS // 2
     crops, truth, training = scenes
-    if arguments.finetune:
-        result["finetuned"] = []
+    features = pooled(net, x, modality)
+    patches = per_patch(net, crops, modality).reshape(len(crops), -1, 15 * net.config.embed_dim)
+    truth = truth.reshape(len(truth), -1)[:, ::4]
+    result: dict[str, list[float]] = {"probe": [], "segmentation": []}
     for seed in range(arguments.seeds):
         rng = np.random.default_rng(seed)
-        rows = rng.permutation(len(x))[:3000]
-        fit_rows, test_rows = rows[:1500], rows[1500:]
-        features = pooled(net, x[rows], modality)
-        found = probe(features[:1500], labels[fit_rows], features[1500:])
-        result["probe"].append(float((found == labels[test_rows]).mean()))
-        own = rng.permutation(np.flatnonzero(training))[:90]
-        a, b = per_patch(net, crops[own], modality), per_patch(net, crops[~training], modality)
-        ya, yb = truth[own].reshape(-1)[::4], truth[~training].reshape(-1)[::4]
-        classes = probe(a[ya >= 0][:4000], ya[ya >= 0][:4000], b[yb >= 0])
-        result["segmentation"].append(miou(classes, yb[yb >= 0]))
+        own = rng.permutation(np.flatnonzero(~test))[: CHIPS // 3]
+        found = probe(features[own], labels[own], features[test])
+        result["probe"].append(float((found == labels[test]).mean()))
+        few = rng.permutation(np.flatnonzero(training))[:120]
+        seen, asked = truth[few] >= 0, truth[~training] >= 0
+        classes = probe(patches[few][seen], truth[few][seen], patches[~training][asked])
+        result["segmentation"].append(miou(classes, truth[~training][asked]))
         if arguments.finetune:
-            import copy
-
-            whole = (x[fit_rows], labels[fit_rows], x[test_rows], labels[test_rows])
-            result["finetuned"].append(
-                finetuned(copy.deepcopy(net), whole, modality, arguments.finetune, seed)
-            )
+            whole = (x[own], labels[own], x[test], labels[test])
+            score = finetuned(copy.deepcopy(net), whole, modality, arguments.finetune, seed)
+            result.setdefault("finetuned", []).append(score)
     return {k: [round(v, 4) for v in values] for k, values in result.items()}
 
 

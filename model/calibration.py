@@ -14,8 +14,8 @@ import torch
 from torch import Tensor
 
 from model.attention import WindowGrid
-from model.budget import branches, rows_of
-from model.checkpoint import load_module
+from model.budget import branches, layers, rows_of
+from model.checkpoint import load_module, read_tensors
 from model.encoder import Block, Stage
 from model.experts import ExpertBank, RMoE
 from model.integrate import FitSettings, Task, Tokens, feature_error, fit, joined
@@ -183,10 +183,11 @@ class Calibration:
 
     def measure(self, layer: str, task: Task, ffn: FFN, seen: Grids, ahead: Grids) -> None:
         """Note the errors on the chips held out."""
-        unseen = {m: x[self.first(x) :] for m, x in seen.items()}
+        begin = {m: self.first(x) if self.held_out < 1 else 0 for m, x in seen.items()}
+        unseen = {m: x[begin[m] :] for m, x in seen.items()}
         tokens = {m: flat(x) for m, x in unseen.items()}
         found = task.output(ffn, tokens)
-        truth = joined({m: flat(x[self.first(x) :]) for m, x in ahead.items()})
+        truth = joined({m: flat(x[begin[m] :]) for m, x in ahead.items()})
         self.errors.append(
             LayerError(
                 layer,
@@ -194,6 +195,34 @@ class Calibration:
                 feature_error(joined(tokens) + found, truth),
             )
         )
+
+
+def layer_errors(
+    source: Path, pruned: Path, plan: Plan, chips: Mapping[str, Tensor]
+) -> list[LayerError]:
+    """Feature errors of a finished pruning, layer by layer, on calibration chips.
+
+    Args:
+        source: the parent's checkpoint.
+        pruned: the result; every layer of it has a shared expert.
+        plan: what was kept.
+        chips: modality -> (B, C, H, W), normalised; all of them measure.
+    """
+    walk = Calibration(source, plan, chips, held_out=1.0)
+    for layer in layers(plan.source):
+        ffn = shared_expert(pruned, layer)
+        walk.imitate = lambda *_, ffn=ffn: ffn
+        walk(layer)
+    return walk.errors
+
+
+def shared_expert(checkpoint: Path, layer: str) -> FFN:
+    """The shared expert of one layer of a checkpoint, in float32."""
+    stage, block = layer.split(".")
+    base = f"encoder.stages.{stage}.blocks.{block}.moe.shared.0."
+    names = [base + part.replace("_", ".") for part in FFN._fields]
+    found = dict(read_tensors(checkpoint, names))
+    return FFN(*(found[name].float() for name in names))
 
 
 @dataclass(frozen=True)

@@ -70,6 +70,8 @@ class Work:
     """config.json of the source."""
     plan: "Plan"
     """What is kept."""
+    mass: "Mass"
+    """Routing mass of every expert; empty where no size is asked for."""
     chips: "Mapping[str, Tensor]"
     """Calibration chips; empty without tiles."""
 
@@ -99,7 +101,7 @@ def planned(request: Request) -> Work:
         mass = mass_of_routers(request.source, part)
     default: Method = "fit" if request.tiles else "kc"
     plan = plan_pruning(parent.model, modalities, request.target, mass, request.method, default)
-    return Work(request, parent, plan, chips)
+    return Work(request, parent, plan, mass, chips)
 
 
 def described(work: Work) -> dict[str, Any]:

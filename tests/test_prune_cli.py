@@ -4,12 +4,17 @@ import json
 
 import pytest
 import torch
+from rasters import noise, write_raster
 from typer.testing import CliRunner
 
 from model.checkpoint import CheckpointConfig, disk_tensors, read_config, save_checkpoint
 from model.config import ModelConfig
 from model.encoder import RingMoE
+from model.integrate import FitSettings
+from model.normalisation import Normalisation
 from ringmoe_cli.app import app
+from ringmoe_cli.scene.sensors import open_scene
+from ringmoe_cli.scene.tiling import Labelled, Settings, tile_scenes
 
 SMALL = ModelConfig(
     embed_dim=8, depths=(1, 1), num_heads=(1, 2), image_size=32, window=4,
@@ -95,3 +100,69 @@ def test_a_damaged_shard_is_named(model):
     assert result.exit_code == 1
     assert f"{shard} is truncated" in str(result.exception)
     assert [p.name for p in model.parent.iterdir()] == ["pre"]
+
+
+# --- with calibration tiles ---------------------------------------------------------------------
+
+
+@pytest.fixture
+def calibrated(tmp_path):
+    """A model with a normalisation, and a store of its modalities."""
+    write_raster(tmp_path / "opt.tif", noise(3, 90, 80, "uint8"), photometric="RGB")
+    names = ("blue", "green", "red", "nir")
+    write_raster(tmp_path / "ms.tif", noise(4, 80, 90), names=names)
+    scenes = [Labelled(open_scene(tmp_path / n)) for n in ("opt.tif", "ms.tif")]
+    tile_scenes(scenes, tmp_path / "cal.zarr", Settings(tile=64))
+    torch.manual_seed(0)
+    net = RingMoE(SMALL)
+    norms = {
+        "opt": Normalisation(("red", "green", "blue"), (128.0,) * 3, (70.0,) * 3),
+        "ms": Normalisation(names, (2000.0,) * 4, (1000.0,) * 4),
+    }
+    tensors = [(f"encoder.{n}", t) for n, t in disk_tensors(net)]
+    save_checkpoint(tmp_path / "pre", CheckpointConfig(SMALL, normalisation=norms), tensors)
+    return tmp_path / "pre", ["--tiles", tmp_path / "cal.zarr", "--chips", 16]
+
+
+def test_tiles_make_a_fitted_distilled_reported_model(calibrated, tmp_path, monkeypatch):
+    monkeypatch.setattr("model.calibration.FitSettings", lambda: FitSettings(steps=3, batch=64))
+    model, tiles = calibrated
+    for kind in ("json", "html", "png"):
+        out, report = tmp_path / kind, tmp_path / f"r.{kind}"
+        arguments = ["--modality", "opt", "--target", "1b", "--distill", 2, "--report", report]
+        result = run(model, *arguments, *tiles, "-o", out)
+        assert result.exit_code == 0, result.exception
+    told = json.loads((tmp_path / "r.json").read_text())
+    assert told["method"] == "fit"
+    assert [row["layer"] for row in told["layers"]] == ["0.0", "1.0"]
+    assert all(row["error"] < 1 for row in told["layers"])
+    assert told["layers"][0]["branches"]["collaborative"]["kept"] == []
+    assert sum(told["layers"][0]["branches"]["collaborative"]["mass"]) == pytest.approx(1, abs=1e-3)
+    assert told["speed"]["after"] > 0
+    assert (tmp_path / "r.png").read_bytes().startswith(b"\x89PNG")
+    assert "data:image/png;base64" in (tmp_path / "r.html").read_text()
+    assert read_config(tmp_path / "json").provenance["distilled"] == 2
+
+
+def test_tiles_decide_which_experts_stay(calibrated):
+    model, tiles = calibrated
+    result = run(model, "--target", "60%", "--dry-run", "--json", *tiles)
+    assert result.exit_code == 0, result.exception
+    assert json.loads(result.stdout)["method"] is None
+
+
+def test_tiles_of_another_modality_are_refused(calibrated, tmp_path):
+    model, _ = calibrated
+    scenes = [Labelled(open_scene(tmp_path / "opt.tif"))]
+    tile_scenes(scenes, tmp_path / "opt.zarr", Settings(tile=64))
+    result = run(model, "--modality", "ms", "--target", "1b", "--tiles", tmp_path / "opt.zarr")
+    assert result.exit_code == 1
+    assert "holds opt" in str(result.exception)
+
+
+def test_learning_needs_tiles(model, tmp_path):
+    for arguments in (["--method", "fit"], ["--distill", 5]):
+        result = run(model, "--modality", "opt", "--target", "1b", *arguments)
+        assert "--tiles" in str(result.exception)
+    result = run(model, "--modality", "opt", "--report", tmp_path / "r.doc")
+    assert ".html" in str(result.exception)

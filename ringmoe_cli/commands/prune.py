@@ -31,6 +31,9 @@ def prune(
     ] = None,
     chips: Annotated[int, typer.Option(min=8, help="Calibration chips of each modality.")] = 512,
     distill: Annotated[int, typer.Option(min=0, help="Steps of distillation afterwards.")] = 0,
+    report: Annotated[
+        Path | None, typer.Option(help="Write what was done into this .html, .png or .json.")
+    ] = None,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Show the plan and stop.")] = False,
     output: Output = None,
     overwrite: Overwrite = False,
@@ -51,8 +54,10 @@ def prune(
         raise typer.BadParameter(
             "name a checkpoint or set RINGMOE_MODEL; `ringmoe demo` makes one to try"
         )
-    from ringmoe_cli import pruning
+    from ringmoe_cli import prune_report, pruning
 
+    if report:
+        prune_report.check_kind(report)
     names = pruning.wanted_modalities(modality)
     stores = tuple(tiles or ())
     work = pruning.planned(pruning.Request(model, names, target, method, stores, chips, distill))
@@ -63,4 +68,7 @@ def prune(
         return
     out = pruning.output_path(work.request, output, overwrite)
     pruning.prune(work, out)
+    if report:
+        prune_report.write_report(prune_report.report_of(work, facts, out), report)
+        console.say(f"wrote {report}")
     console.result({**facts, "output": str(out)} if as_json else out)
