@@ -209,7 +209,7 @@ class WindowAttention(nn.Module):
         if torch.is_grad_enabled():
             self.kept_bias = None
         if valid is not None or torch.is_grad_enabled():
-            return self.build_bias(grid, valid).to(dtype)
+            return self.build_bias(grid, valid)
         weights = tuple(self.position.parameters())
         key = (grid, dtype, *map(state_of, weights))
         if self.kept_bias is None or self.kept_bias[0] != key:
@@ -246,6 +246,9 @@ def state_of(weight: Tensor) -> tuple[int, int, int]:
 
 def attend(q: Tensor, k: Tensor, v: Tensor, bias: Tensor) -> Tensor:
     """softmax(q·kᵀ + bias)·v over (B, heads, N, d)."""
-    return F.scaled_dot_product_attention(
-        q.to(v.dtype), k, v, attn_mask=bias.to(v.dtype), scale=1.0
-    )
+    q = q.to(v.dtype)
+    if v.is_cpu and v.dtype == torch.bfloat16 and torch.is_grad_enabled():
+        # With a learned bias SDPA would compute all of it in float32.
+        logits = (q @ k.transpose(-1, -2)).float() + bias
+        return logits.softmax(-1).to(v.dtype) @ v
+    return F.scaled_dot_product_attention(q, k, v, attn_mask=bias.to(v.dtype), scale=1.0)

@@ -138,3 +138,21 @@ def test_bias_in_eval_follows_the_weights(kind):
 def test_masks_are_built_once_per_shape():
     grid, device = WindowGrid(10, 7, 4, 2), torch.device("cpu")
     assert grid_mask(grid, device) is grid_mask(WindowGrid(10, 7, 4, 2), device)
+
+
+@pytest.mark.parametrize("kind", ["swin_v1", "swin_v2"])
+def test_bfloat16_training_and_inference_agree_with_float32(kind):
+    torch.manual_seed(0)
+    attention = WindowAttention(16, 2, 4, kind)
+    grid, x = WindowGrid(9, 8, 4, 2), torch.randn(2, 9, 8, 16)
+    grads = {}
+    for name in ("float32", "bfloat16"):
+        attention.zero_grad()
+        with torch.autocast("cpu", torch.bfloat16, enabled=name == "bfloat16"):
+            y = attention(x, grid)
+            y.float().square().mean().backward()
+        grads[name] = [p.grad.clone() for p in attention.parameters()]
+    for exact, rough in zip(grads["float32"], grads["bfloat16"], strict=True):
+        assert (exact - rough).abs().max() < 0.05 * exact.abs().max() + 1e-4
+    with torch.autocast("cpu", torch.bfloat16), torch.no_grad():
+        torch.testing.assert_close(attention(x, grid), y, rtol=0.05, atol=0.02)

@@ -3,8 +3,9 @@
 import pytest
 import torch
 
-from model.config import ModelConfig
+from model.config import ModelConfig, PretrainConfig
 from model.encoder import RingMoE
+from model.pretrain import MaskedImageModel
 
 
 def parameters(match: str = "", **changes: object) -> int:
@@ -63,3 +64,14 @@ def test_active_parameters_per_token():
     """One expert of each branch: about 2.43 B."""
     active = parameters(channels={"opt": 3}, specialised=1, collaborative=1, top_k=1)
     assert round(active / 1e9, 2) == 2.43
+
+
+def test_pretraining_adds_decoders_and_a_mask_token():
+    """All of the released 14.81 B but its fifth, unused patch embedding (22,848)."""
+    config = ModelConfig.preset("14b", attention="swin_v1")
+    with torch.device("meta"):
+        net = MaskedImageModel(config, PretrainConfig(sar_l1_target="pixels"))
+    counts = {name: p.numel() for name, p in net.named_parameters()}
+    assert sum(n for name, n in counts.items() if name.startswith("decoders.")) == 66_078_720
+    assert counts["mask_token"] == 448
+    assert sum(counts.values()) == 14_812_163_556 - 22_848
