@@ -236,6 +236,17 @@ def test_kill_9_and_again_gives_the_same_bytes(model, tmp_path):
     assert broken.read_bytes() == straight.read_bytes()
 
 
+def test_pipes_carry_scene_and_map(model, scene):
+    command = [sys.executable, "-m", "ringmoe_cli", "predict", "/vsistdin/", "-m", str(model)]
+    done = subprocess.run(
+        [*command, "-o", "-"], input=scene.read_bytes(), capture_output=True, check=True
+    )
+    run(scene, "-m", model)
+    assert done.stdout == scene.with_name("scene_segmentation.tif").read_bytes()
+    done = run("/vsistdin/", "-m", model, "-o", "-", stdin="")
+    assert "nothing came" in str(done.exception)
+
+
 @pytest.mark.distributed
 def test_workers_make_the_same_map(model, tmp_path, scene):
     path = write_scene(tmp_path / "tall.tif", 500, 60)

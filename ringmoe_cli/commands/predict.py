@@ -1,5 +1,6 @@
 """`ringmoe predict`: scenes in, georeferenced maps out."""
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Annotated
 
@@ -92,6 +93,7 @@ def predict(
         ringmoe predict scene.tif --model runs/seg
         ls *.tif | ringmoe predict - --model runs/seg --json
         ringmoe predict scene.tif --model runs/det -o boxes.parquet
+        cat scene.tif | ringmoe predict /vsistdin/ --model runs/seg -o - > map.tif
         ringmoe predict frames/*.png --model runs/track -o tracks.txt
         RINGMOE_MODEL=runs/seg ringmoe predict scene.tif -o maps/ --probabilities
     """
@@ -104,6 +106,7 @@ def predict(
     console.State.quiet = quiet
     from ringmoe_cli import crew, maps, object_maps
     from ringmoe_cli.opening import Wish
+    from ringmoe_cli.scene import pipes
     from ringmoe_cli.scene.writer import parse_options
 
     wish = Wish(
@@ -115,6 +118,15 @@ def predict(
     )  # fmt: skip
     order = crew.Order(Path(model), wish, device, window, overlap, batch, tta == "flips", stream)
     paths = list(maps.scene_list(scenes))
+    if paths == [pipes.STDIN] or pipes.is_stdout(output):
+        if len(paths) != 1:
+            raise typer.BadParameter("-o - takes one scene")
+        with pipes.piped(paths[0], output) as (path, where):
+            mapper = replace(order, wish=replace(wish, output=where)).mapper()
+            done = mapper.map_scene(path)
+            if not pipes.is_stdout(output):
+                console.result(done if as_json else done["output"])
+        return
     if workers or scheduler:
         raise typer.Exit(crew.work(order, workers, scheduler, paths, as_json))
     mapper = order.mapper()
