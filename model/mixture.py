@@ -54,8 +54,8 @@ class Plan:
     def new_stack(self, bank: int, stack: Sequence[Tensor]) -> list[Tensor]:
         """Buffers for the gradients of a bank; experts without tokens have zeros."""
         counts = self.counts[bank]
-        full = counts is not None and 0 not in counts
-        return [torch.empty_like(t) if full else torch.zeros_like(t) for t in stack]
+        idle = counts is not None and 0 in counts
+        return [torch.zeros_like(t) if idle else torch.empty_like(t) for t in stack]
 
 
 class Mixture(torch.autograd.Function):
