@@ -71,12 +71,13 @@ def peak_flops(device: str) -> float:
     return 2 * 2048**3 / min(times)
 
 
-def timed(step: Callable[[], object], device: str) -> float:
-    start = time.perf_counter()
+def timed(step: Callable[[], object], device: str) -> tuple[float, float]:
+    """Seconds on the clock and of the processor, all threads of this process together."""
+    start, busy = time.perf_counter(), time.process_time()
     step()
     if device.startswith("cuda"):
         torch.cuda.synchronize()
-    return time.perf_counter() - start
+    return time.perf_counter() - start, time.process_time() - busy
 
 
 def main() -> None:
@@ -124,11 +125,11 @@ def main() -> None:
     for step in steps.values():
         timed(step, said.device)
     waits.clear()
-    times: dict[str, list[float]] = {name: [] for name in steps}
+    times: dict[str, list[tuple[float, float]]] = {name: [] for name in steps}
     for _ in range(said.rounds):
         for name, step in steps.items():
             times[name].append(timed(step, said.device))
-    middle = {name: median(found) for name, found in times.items()}
+    middle = {name: median(clock for clock, _ in found) for name, found in times.items()}
     side, images = model.image_size, config.batch_size
     flops = 3 * 2 * multiply_adds(model, side, side) * images
     parameters = {"ours": networks[0], "plain": plain}
@@ -138,9 +139,11 @@ def main() -> None:
     for name, seconds in middle.items():
         print(f"{name}: {seconds:.3f} s a step, {images / seconds:.0f} images/s")
     for one, other in (("loop", "bare"), ("bare", "plain")):
-        ratios = [a / b for a, b in zip(times[one], times[other], strict=True)]
-        print(f"{one} / {other} {median(ratios):.3f}")
-    print(f"data wait {sum(waits) / sum(times['loop']):.2%} of the loop")
+        pairs = list(zip(times[one], times[other], strict=True))
+        clock = median(a[0] / b[0] for a, b in pairs)
+        busy = median(a[1] / b[1] for a, b in pairs)
+        print(f"{one} / {other}: {clock:.3f} on the clock, {busy:.3f} of processor time")
+    print(f"data wait {sum(waits) / sum(clock for clock, _ in times['loop']):.2%} of the loop")
     print(f"MFU {flops / middle['bare'] / peak_flops(said.device):.1%} of one fp32 matrix product")
 
 
