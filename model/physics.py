@@ -2,7 +2,7 @@
 
 The span P = |HH|² + |HV|² + |VH|² + |VV|² is the total power. It does not change when the
 polarisation basis is rotated, and equals the trace of the coherency and covariance matrices when
-HV = VH (RingMoE §3.3, "physics-informed" reconstruction).
+HV = VH (RingMoE, "physics-informed" reconstruction).
 """
 
 import torch

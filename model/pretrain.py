@@ -1,4 +1,4 @@
-"""Masked image modelling (RingMoE §3.3, after SimMIM): masks, decoders and losses.
+"""Masked image modelling (RingMoE, after SimMIM): masks, decoders and losses.
 
 Cells of each image are hidden, one learned token stands for every hidden patch, and one linear
 decoder per modality predicts the hidden pixels from the last stage.
@@ -155,7 +155,7 @@ class MaskedImageModel(nn.Module):
 def masked_l1(
     prediction: Tensor, target: Tensor, counts: Tensor, values: Tensor | None = None
 ) -> Tensor:
-    """Σ|x - x̂|·M / (ΣM + 1e-5) / c: mean absolute error over counted pixels and channels (Eq. 5).
+    """Σ|x - x̂|·M / (ΣM + 1e-5) / c: mean absolute error over counted pixels and channels (SimMIM).
 
     Args:
         prediction: (B, c, H, W).

@@ -38,7 +38,7 @@ class ModalityMix:
 
 
 PAPER_MIX = {"opt": 0.7, "ms": 0.2, "sar-l1": 0.05, "sar-l2": 0.05}
-"""70 % optical, 20 % multi-spectral, 10 % SAR (RingMoE §4.1)."""
+"""70 % optical, 20 % multi-spectral, 10 % SAR, as RingMoE was trained."""
 
 
 def paper_mix() -> dict[str, ModalityMix]:
@@ -170,9 +170,7 @@ def load_recipe(name: str, changes: Sequence[str] = ()) -> PretrainRecipe | Fine
     for change in changes:
         apply_change(values, change)
     recipe: PretrainRecipe | FinetuneRecipe = (
-        validated(FinetuneRecipe, values)
-        if "task" in values
-        else validated(PretrainRecipe, values)
+        validated(FinetuneRecipe, values) if "task" in values else validated(PretrainRecipe, values)
     )
     model_config(recipe.model, {"opt": 3})
     return recipe
