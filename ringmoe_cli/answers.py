@@ -20,7 +20,7 @@ from ringmoe_cli.scene.product import Rows
 from ringmoe_cli.scene.stitch import Lattice, Stitcher
 from ringmoe_cli.scene.strips import Normalised, SkipBad, Windows, window_batches
 
-BATCH_PIXELS = 6 * 192 * 192
+BATCH_PIXELS = 4 * 192 * 192
 """Pixels per batch on a CPU: enough tokens per expert, and little memory."""
 GPU_BATCHES = 4
 """Times as many on a GPU."""

@@ -7,11 +7,12 @@ from typing import Any
 from model.checkpoint import CheckpointConfig
 from ringmoe_cli import console
 from ringmoe_cli.errors import SceneError
+from ringmoe_cli.scene.masks import masked
 from ringmoe_cli.scene.reader import SceneReader
 from ringmoe_cli.scene.resample import Resampled, model_size
 from ringmoe_cli.scene.scene import Scene
 from ringmoe_cli.scene.sensors import open_scene
-from ringmoe_cli.scene.strips import Normalised
+from ringmoe_cli.scene.strips import Normalised, Readable
 from ringmoe_cli.summary import identity_of
 
 SURE = 0.3
@@ -42,6 +43,8 @@ class Wish:
     """Leave unreadable blocks out."""
     gsd: float | None = None
     """Ground sampling distance in metres, for scenes that do not say."""
+    mask: str | None = None
+    """Pixels to leave out: a file or band, and after `=` the values that mean so."""
     no_resample: bool = False
     """Refuse scenes whose ground sampling distance is far from the model's."""
     beside: tuple[str, ...] = ()
@@ -65,7 +68,11 @@ class Opener:
 
     def open(self, path: str) -> Normalised:
         """The scene, and those beside and before it, ready to be read."""
-        now = {s.modality: self.reader(s) for s in map(self.describe, (path, *self.wish.beside))}
+        scenes = map(self.describe, (path, *self.wish.beside))
+        now: dict[str, Readable] = {s.modality: self.reader(s) for s in scenes}
+        if self.wish.mask:
+            everything, remote = self.look(path), self.wish.allow_remote
+            now = {m: masked(r, everything, self.wish.mask, remote) for m, r in now.items()}
         dates = [now]
         if self.wish.before is not None:
             earlier = self.describe(self.wish.before)
@@ -96,16 +103,20 @@ class Opener:
         """Reads windows of a scene."""
         return SceneReader(scene, allow_remote=self.wish.allow_remote)
 
-    def describe(self, path: str) -> Scene:
-        """A scene with the bands that the model wants, in its order."""
-        modalities = self.modalities
-        said = self.wish.modality or (modalities[0] if len(modalities) == 1 else None)
-        scene = open_scene(
+    def look(self, path: str) -> Scene:
+        """A scene with all its bands."""
+        said = self.wish.modality or (self.modalities[0] if len(self.modalities) == 1 else None)
+        return open_scene(
             path, modality=said, bands=self.wish.bands, scale=self.wish.scale,
             allow_remote=self.wish.allow_remote, unnamed="number",
         )  # fmt: skip
+
+    def describe(self, path: str) -> Scene:
+        """A scene with the bands that the model wants, in its order."""
+        scene = self.look(path)
         if scene.modality not in self.config.normalisation:
-            raise SceneError(f"{path} is {scene.modality}; the model reads {', '.join(modalities)}")
+            reads = ", ".join(self.modalities)
+            raise SceneError(f"{path} is {scene.modality}; the model reads {reads}")
         wanted = self.config.normalisation[scene.modality].bands
         fitting = scene.for_channels(wanted)
         fitting = replace(fitting, gsd=self.wish.gsd or fitting.gsd)

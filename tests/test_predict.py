@@ -11,7 +11,8 @@ import time
 import numpy as np
 import pytest
 import rasterio
-from mapping import CLASSES, CONFIG, NORM, model, scene, write_scene
+from mapping import BANDS, CLASSES, CONFIG, NORM, model, scene, write_scene
+from rasterio.transform import Affine
 from typer.testing import CliRunner
 
 from model.checkpoint import CheckpointConfig, disk_tensors, save_checkpoint
@@ -234,6 +235,39 @@ def test_kill_9_and_again_gives_the_same_bytes(model, tmp_path):
     assert len(list(part.glob("rows-*.safetensors"))) >= 20
     subprocess.run([*command, str(broken)], check=True, capture_output=True)
     assert broken.read_bytes() == straight.read_bytes()
+
+
+def test_masked_pixels_become_nodata(model, tmp_path):
+    path = write_scene(tmp_path / "s.tif", 40, 60, names=(*BANDS, "scl"), hole=False)
+    classes = np.random.default_rng(1).integers(1, 12, (40, 60)).astype(np.uint16)
+    with rasterio.open(path, "r+") as dst:
+        dst.write(classes, 5)
+        profile = dst.profile
+    coarse = {"count": 1, "height": 20, "width": 30}
+    coarse["transform"] = profile["transform"] * Affine.scale(2)
+    with rasterio.open(tmp_path / "clouds.tif", "w", **{**profile, **coarse}) as dst:
+        dst.write(np.eye(20, 30, dtype=np.uint16)[None])
+    folder = tmp_path / "maps"
+    done = [
+        run(path, "-m", model, "-o", folder / f"{i}.tif", "--mask", mask)
+        for i, mask in enumerate(("scl=3,8", str(tmp_path / "clouds.tif")))
+    ]
+    assert [d.exit_code for d in done] == [0, 0]
+    maps = [rasterio.open(d.stdout.strip()).read(1) for d in done]
+    np.testing.assert_array_equal(maps[0] == 255, np.isin(classes, (3, 8)))
+    np.testing.assert_array_equal(maps[1] == 255, np.eye(20, 30).repeat(2, 0).repeat(2, 1) == 1)
+    assert "neither a file nor a band" in failure(path, "-m", model, "--mask", "cloud")
+
+
+def test_rio_knows_the_command(model, scene):
+    from click.testing import CliRunner as ClickRunner
+
+    from ringmoe_cli.rio_plugin import ringmoe
+
+    done = ClickRunner().invoke(ringmoe, ["predict", str(scene), "-m", str(model)])
+    assert done.exit_code == 0
+    assert done.stdout.strip() == str(scene.with_name("scene_segmentation.tif"))
+    assert ClickRunner().invoke(ringmoe, ["predict", "none.tif", "-m", str(model)]).exit_code == 1
 
 
 def test_pipes_carry_scene_and_map(model, scene):

@@ -1,6 +1,11 @@
 """From windows to the bands of a map: blending, nodata, interruptions, resampling."""
 # ruff: noqa: F401, F811 - fixtures are imported
 
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+
 import numpy as np
 import pytest
 import rasterio
@@ -24,6 +29,7 @@ from model.batch import Prediction
 from model.normalisation import Normalisation
 from ringmoe_cli.answers import Settings, predict_rows
 from ringmoe_cli.errors import BadBlockError, RingmoeError
+from ringmoe_cli.scene.grid import Window
 from ringmoe_cli.scene.product import ClassMap
 from ringmoe_cli.scene.reader import SceneReader
 from ringmoe_cli.scene.resample import Resampled
@@ -200,3 +206,82 @@ def test_channels_that_were_not_measured_are_named(tmp_path):
     list(predict_rows(Watch(), source, Settings(32, 8, 2), 3))
     assert seen[0].channels["sar-l1"].tolist() == [[False] * 4 + [True] * 4] * 2
     np.testing.assert_array_equal(seen[0].images["sar-l1"][0, 0, 4], values[0, :32, :32].real)
+
+
+class Neighbours:
+    """A network that looks around: a 5 x 5 mean as probability of class 1."""
+
+    def predict(self, batch):
+        x = torch.sigmoid(batch.images["ms"][:, 0, :1])
+        x = torch.nn.functional.avg_pool2d(x, 5, 1, 2, count_include_pad=False)
+        return Prediction(dense=torch.cat([1 - x, x, x * 0], 1))
+
+
+class Part:
+    """Rows of a scene as a scene of its own."""
+
+    def __init__(self, reader, top, height):
+        self.reader, self.top = reader, top
+        grid = reader.scene.grid
+        self.scene = replace(reader.scene, grid=grid.crop(Window(top, 0, height, grid.width)))
+
+    def physical(self, window):
+        inside = self.scene.grid.clip(window)
+        values, valid = self.reader.physical(window._replace(row=window.row + self.top))
+        valid[inside.row - window.row + inside.height :] = False
+        return values, valid
+
+
+def test_one_piece_equals_two_halves_read_with_context(tmp_path):
+    path = write_scene(tmp_path / "s.tif", 200, 90, hole=False)
+    settings = {"window": 64, "overlap": 32}
+    source = normalised(path)
+    full, _ = whole(Neighbours(), source, **settings)
+    reader, context = source.dates[0]["ms"], 32
+    halves = []
+    for top, height, keep in (
+        (0, 96 + context, slice(0, 96)),
+        (96 - context, 104 + context, slice(context, None)),
+    ):
+        half = Normalised([{"ms": Part(reader, top, height)}], source.normalisation)
+        halves.append(whole(Neighbours(), half, **settings)[0][:, keep])
+    np.testing.assert_allclose(np.concatenate(halves, 1), full, atol=1e-3)
+
+
+def test_no_window_grid_shows_in_the_gradient(tmp_path):
+    """Steps at window borders are no larger than elsewhere, for a network that sees its borders."""
+
+    class Edges:
+        def predict(self, batch):
+            b = len(batch.images["ms"])
+            far = torch.linspace(0, 1, 32).expand(b, 1, 32, 32)
+            return Prediction(dense=torch.cat([1 - far, far, far * 0], 1))
+
+    path = write_scene(tmp_path / "s.tif", 60, 200, hole=False)
+    smooth, _ = whole(Edges(), normalised(path), overlap=16)
+    seamed, _ = whole(Edges(), normalised(path), overlap=0)
+    step = np.abs(np.diff(smooth[1, :, 16:-16], axis=1))
+    assert step.max() < 0.1
+    assert np.abs(np.diff(seamed[1], axis=1)).max() > 0.9
+
+
+@pytest.mark.slow
+def test_memory_does_not_grow_with_the_scenes_height(tmp_path):
+    script = (
+        "import resource, sys\nfrom mapping import *\nfrom ringmoe_cli.machine import "
+        "use_memory_steadily\nuse_memory_steadily()\nfrom pathlib import Path\n"
+        "mapped(Constant(), normalised(sys.argv[1]), ClassMap(TASK), outputs(Path(sys.argv[2])), "
+        "Settings(32, 8, 64))\nprint(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)"
+    )
+    script = "from ringmoe_cli.scene.product import ClassMap\n" + script
+    peaks = []
+    for height in (1000, 10_000):
+        folder = tmp_path / str(height)
+        folder.mkdir()
+        path = write_scene(folder / "s.tif", height, 400)
+        done = subprocess.run(
+            [sys.executable, "-c", script, str(path), str(folder)],
+            cwd=Path(__file__).parent, capture_output=True, text=True, check=True,
+        )  # fmt: skip
+        peaks.append(int(done.stdout.split()[-1]) / 1024)
+    assert peaks[1] - peaks[0] < 40

@@ -62,6 +62,9 @@ def predict(
         bool,
         typer.Option("--no-resample", help="Refuse scenes far from the model's metres per pixel."),
     ] = False,
+    mask: Annotated[
+        str | None, typer.Option(help="Pixels to leave out: FILE or BAND (not 0), FILE=3,8,9.")
+    ] = None,
     skip_bad: Annotated[
         bool, typer.Option("--skip-bad", help="Unreadable blocks become nodata, with a warning.")
     ] = False,
@@ -114,7 +117,7 @@ def predict(
         options=parse_options(co or []), modality=modality,
         bands=tuple(bands.split(",")) if bands else None, scale=scale,
         allow_remote=allow_remote, skip_bad=skip_bad, beside=tuple(beside or ()), before=before,
-        gsd=gsd, no_resample=no_resample, sure=score,
+        gsd=gsd, mask=mask, no_resample=no_resample, sure=score,
     )  # fmt: skip
     order = crew.Order(Path(model), wish, device, window, overlap, batch, tta == "flips", stream)
     paths = list(maps.scene_list(scenes))
