@@ -1,5 +1,6 @@
 """The RingMoE encoder: one hierarchy of Swin stages for all modalities (RingMoE §3.2)."""
 
+import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -103,6 +104,7 @@ class RingMoE(nn.Module):
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
+        warn_of_silent_gate(config)
         self.config = config
         self.patch_embeds = nn.ModuleDict(
             {name: PatchEmbed(channels, config) for name, channels in config.channels.items()}
@@ -239,6 +241,17 @@ def join(grids: dict[tuple[int, int], Tokens], name: str, x: Tensor, valid: Tens
         old = everywhere(before.x) if before.valid is None else before.valid
         valid = torch.cat([old, everywhere(x) if valid is None else valid])
     grids[size] = Tokens(torch.cat([before.x, x]), {**before.images, name: len(x)}, valid)
+
+
+def warn_of_silent_gate(config: ModelConfig) -> None:
+    """Tell those who train a lone routed branch that its gate hardly learns from the task."""
+    lone = not config.shared and not (config.specialised and config.collaborative)
+    if lone and config.top_k == 1 and config.gate == "softmax":
+        warnings.warn(
+            "one routed branch and no shared expert: the norm after the layer cancels the gate, "
+            "so the router learns from the balance loss alone; add a branch or use top_k 2",
+            stacklevel=3,
+        )
 
 
 def initialise(module: nn.Module) -> None:

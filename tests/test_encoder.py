@@ -212,3 +212,13 @@ def test_a_checkpoint_of_one_modality(tmp_path):
     assert one.config.modalities == ("ms",)
     with pytest.raises(ValueError, match="no modality 'sar-l1'"):
         RingMoE.from_pretrained(tmp_path, modality="sar-l1")
+
+
+def test_a_gate_that_the_norm_cancels_is_announced():
+    with pytest.warns(UserWarning, match="cancels the gate"):
+        net = network(specialised=0, shared=0)
+    image = {"opt": torch.randn(2, 3, 32, 32)}
+    net.train()(image)["opt"][1].square().sum().backward()
+    router = net.stages[0].blocks[0].moe.router["collaborative"].weight.grad
+    bank = net.stages[0].blocks[0].moe.collaborative.fc2.weight.grad
+    assert router.abs().max() < 1e-3 * bank.abs().max()
