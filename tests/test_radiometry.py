@@ -105,6 +105,20 @@ def test_calibration_is_bilinear_in_the_table():
     np.testing.assert_allclose(np.abs(got) ** 2, (50 / want) ** 2, rtol=1e-5)
 
 
+def test_moments_of_missing_polarisations_are_those_of_zeros():
+    rng = np.random.default_rng(3)
+    raw = (rng.normal(size=(4, 9, 8)) + 1j * rng.normal(size=(4, 9, 8))).astype(np.complex64)
+    raw[[0, 2]] = 0
+    valid = rng.random((9, 8)) < 0.7
+    bands = tuple(
+        Band(n, "file" if m else "")
+        for n, m in (("hh", False), ("hv", True), ("vh", False), ("vv", True))
+    )
+    whole = scene(["hh", "hv", "vh", "vv"], "complex", "sar-l1", "complex64")
+    part = Scene("s", "sar-l1", bands, Grid(9, 8), "complex64", "complex")
+    assert region_moments(raw, valid, part) == region_moments(raw, valid, whole)
+
+
 CASES = [
     (("red", "nir"), "reflectance", "ms", "uint16", {"scale": 1e-4, "offset": -0.1}),
     (("red", "nir"), "dn", "ms", "uint8", {}),

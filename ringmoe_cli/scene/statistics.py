@@ -1,7 +1,7 @@
 """Statistics of a scene in physical units, gathered region by region and merged exactly."""
 
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from math import fsum, sqrt
 from typing import Any, Self
 
@@ -85,8 +85,16 @@ BLOCK = 2**16
 def region_moments(raw: NDArray[Any], valid: NDArray[np.bool_], scene: Scene) -> list[Moments]:
     """Moments of every physical channel over the valid pixels, sar-l1 with its power last.
 
-    Raw counts of optical bands are summed as they are and scaled afterwards.
+    Raw counts of optical bands are summed as they are and scaled afterwards. Polarisations that
+    were not measured are zero and cost nothing.
     """
+    measured = [i for i, b in enumerate(scene.bands) if b.measured]
+    if len(measured) < len(scene.bands):
+        part = replace(scene, bands=tuple(scene.bands[i] for i in measured))
+        known = region_moments(raw[measured], valid, part)
+        named = dict(zip(channel_keys(part), known, strict=True))
+        nothing = Moments(int(np.count_nonzero(valid)), 0.0, 0.0, 0.0, 0.0)
+        return [named.get(k, nothing) for k in channel_keys(scene)]
     linear = scene.quantity in ("dn", "reflectance", "coherency")
     channels = raw if linear else to_physical(raw, scene)
     everything = bool(valid.all())
