@@ -55,7 +55,7 @@ warnings.simplefilter("error")
 out = Path(sys.argv[1])
 before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
 for path in sys.argv[2:]:
-    start = time.monotonic()
+    start = time.process_time()
     try:
         plain = open_scene(path, modality="ms", unnamed="number") if "slc" not in path else \\
             open_scene(path, bands=["hh"])
@@ -68,13 +68,13 @@ for path in sys.argv[2:]:
     except RingmoeError as error:
         said = str(error)
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before
-    print(json.dumps([Path(path).name, said, time.monotonic() - start, peak / 1024]), flush=True)
+    print(json.dumps([Path(path).name, said, time.process_time() - start, peak / 1024]), flush=True)
 """
 
 
 @pytest.fixture(scope="module")
 def tiled(data_dir, tmp_path_factory):
-    """Every small file tiled in one process whose network is cut: name -> (said, seconds, MB)."""
+    """Every small file tiled in one process: name -> (what it said, CPU-seconds, MB)."""
     out = tmp_path_factory.mktemp("weird")
     paths = [str(data_dir / "11_weird" / n) for n, what in ODD.items() if what != "large"]
     done = subprocess.run(
@@ -122,7 +122,7 @@ def test_a_tiled_odd_file_holds_what_rasterio_reads(tiled, data_dir, name):
 
 
 @pytest.mark.slow
-@pytest.mark.timeout(300)
+@pytest.mark.timeout(900)
 @pytest.mark.parametrize("name", [n for n, what in ODD.items() if what == "large"])
 def test_a_large_odd_file_is_tiled_in_bounded_memory(data_dir, tmp_path, name):
     path = str(data_dir / "11_weird" / name)
@@ -132,7 +132,7 @@ def test_a_large_odd_file_is_tiled_in_bounded_memory(data_dir, tmp_path, name):
     assert done.returncode == 0, done.stderr[-2000:]
     _, said, seconds, megabytes = json.loads(done.stdout)
     assert said == "ok"
-    assert seconds < 240
+    assert seconds < 60
     assert megabytes < 700
 
 
