@@ -198,8 +198,8 @@ def load_task_network(
         )
     with torch.device("meta"):
         encoder = RingMoE(config.model.with_modalities(config.task.modalities))
+        insert_convpass(encoder, config.task.adapter)
     network = TaskNetwork(encoder, config.task)
-    insert_convpass(network.encoder, config.task.adapter)
     if streamed:
         stream_blocks(network, path)
     else:
