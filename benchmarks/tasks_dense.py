@@ -13,9 +13,8 @@ import json
 import shutil
 import sys
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -23,22 +22,28 @@ import torch
 from cnn import ResNetPyramid
 from sklearn.ensemble import RandomForestClassifier
 
+from model.adapt import freeze as freeze_encoder
+from model.batch import Batch
 from model.config import TaskConfig
 from model.metrics import ConfusionMatrix
 from model.optim import adamw, learning_rate
 from model.tasks.network import TaskNetwork
 from ringmoe_cli import console
-from ringmoe_cli.finetuning import FinetuneRequest, finetune, score
+from ringmoe_cli.evaluation import EvaluateRequest, evaluate
+from ringmoe_cli.finetuning import FinetuneRequest, finetune, score, starting_point
 from ringmoe_cli.pretraining import PretrainRequest, pretrain
-from ringmoe_cli.recipe import load_finetune_recipe, load_pretrain_recipe
+from ringmoe_cli.probe import knn_probe
+from ringmoe_cli.recipe import FinetuneRecipe, load_finetune_recipe, load_pretrain_recipe
 from ringmoe_cli.scene.intake import gather
 from ringmoe_cli.scene.labels import Wanted
 from ringmoe_cli.scene.sensors import Said
 from ringmoe_cli.scene.tiling import Settings, tile_scenes
 from ringmoe_cli.taskdata import DataRequest, open_task_data
 
-PRETRAIN_STEPS = 160
-MAIN = {"classification": "accuracy", "segmentation": "miou", "change": "change_f1"}
+PRETRAIN_STEPS = 85
+MAIN = {
+    "classification": "accuracy", "segmentation": "miou", "change": "change_f1", "depth": "rmse"
+}  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -57,18 +62,20 @@ class Case:
 
 
 CASES = {
-    "eurosat": Case(("{data}/05_scene_classification/eurosat_rgb",), "classification", 70, 64),
-    "mstar": Case(("{work}/mstar/train",), "classification", 120, 32, 64, "{work}/mstar/test",
+    "eurosat": Case(("{data}/05_scene_classification/eurosat_rgb",), "classification", 30, 64),
+    "mstar": Case(("{work}/mstar/train",), "classification", 60, 32, 64, "{work}/mstar/test",
                   ("sar-l2",)),
-    "mstar-clutter": Case(("{work}/mstar-clutter/train",), "classification", 120, 32, 64,
+    "mstar-clutter": Case(("{work}/mstar-clutter/train",), "classification", 60, 32, 64,
                           "{work}/mstar-clutter/test", ("sar-l2",)),
-    "dubai": Case(("{work}/dubai/train",), "segmentation", 120, 16, 64, "{work}/dubai/test",
+    "dubai": Case(("{work}/dubai/train",), "segmentation", 40, 16, 64, "{work}/dubai/test",
                   classes="{work}/dubai/classes.csv"),
-    "floods-ms": Case(("{work}/floods.zarr",), "segmentation", 80, modalities=("ms",)),
-    "floods-sar": Case(("{work}/floods.zarr",), "segmentation", 80, modalities=("sar-l2",)),
-    "floods-both": Case(("{work}/floods.zarr",), "segmentation", 80, modalities=("ms", "sar-l2"),
+    "floods-ms": Case(("{work}/floods.zarr",), "segmentation", 40, modalities=("ms",)),
+    "floods-sar": Case(("{work}/floods.zarr",), "segmentation", 40, modalities=("sar-l2",)),
+    "floods-both": Case(("{work}/floods.zarr",), "segmentation", 40, modalities=("ms", "sar-l2"),
                         dropout=0.5),
-    "airsar": Case(("{work}/airsar0.zarr",), "segmentation", 120, validation="{work}/airsar2.zarr"),
+    "levir-check": Case(("{data}/07_change_detection/levir_samples",), "change", 40, 8),
+    "height-check": Case(("{work}/neon.zarr",), "depth", 40, 8),
+    "airsar": Case(("{work}/airsar0.zarr",), "segmentation", 40, validation="{work}/airsar2.zarr"),
 }  # fmt: skip
 
 
@@ -107,6 +114,12 @@ def prepare(data: Path, work: Path) -> None:
                     wanted)  # fmt: skip
         s1 = gather([str(flood / "Spain_7370579_S1Hand.tif")], Said(scale="db"), [], wanted)
         tile_scenes([*s2, *s1], floods, Settings())
+    neon = data / "09_height/neon_OSBS_029"
+    if not (work / "neon.zarr").exists():
+        said, heights = Said("opt", ("red", "green", "blue")), Wanted("depth")
+        chm = f"depth={neon / 'OSBS_029_chm_0p5m_derived.tif'}"
+        tile_scenes(gather([str(neon / "OSBS_029.tif")], said, [chm], heights),
+                    work / "neon.zarr", Settings())  # fmt: skip
     copy_dubai(data / "06_segmentation/dubai", work / "dubai")
     if not (work / "mstar").exists():
         shutil.copytree(data / "05_scene_classification/mstar_soc", work / "mstar")
@@ -219,13 +232,48 @@ def forest(case: Case, data: Path, work: Path) -> dict[str, Any]:
     found = open_task_data(request_of(case, data, work))
     found.training.normalisation = found.held_out.normalisation = found.measure()
     start = time.process_time()
-    x, y = features(found.training.once(16), case, 60_000)
-    model = RandomForestClassifier(200, n_jobs=2, random_state=0, min_samples_leaf=2).fit(x, y)
+    x, y = features(found.training.once(16), case, 20_000)
+    model = RandomForestClassifier(100, n_jobs=1, random_state=0, min_samples_leaf=2).fit(x, y)
     x, y = features(found.held_out.once(16), case, 400_000)
     confusion = ConfusionMatrix(len(found.classes))
     confusion.update(torch.from_numpy(model.predict(x)), torch.from_numpy(y))
     majority = np.bincount(y).max() / len(y)
     return {**confusion.compute(), "majority": majority, "cpu": time.process_time() - start}
+
+
+def transferred(case: Case, taught: str, data: Path, work: Path) -> dict[str, dict[str, Any]]:
+    """A head trained on one modality of a frozen encoder, asked about each; and neighbours."""
+    torch.manual_seed(0)
+    found = open_task_data(request_of(case, data, work))
+    asked = FinetuneRequest(request_of(case, data, work), work, FinetuneRecipe(), work / "pre")
+    encoder, normalisation = starting_point(asked, found)
+    found.training.normalisation = found.held_out.normalisation = normalisation
+    freeze_encoder(encoder)
+    task = TaskConfig(case.task, found.classes, modalities=case.modalities, channels=32)
+    network = TaskNetwork(encoder, task)
+    optimiser = adamw(network.train(), 1e-3, 0.05)
+    stream, start = found.training.training(case.batch, 0), time.process_time()
+    for step in range(case.steps):
+        for group in optimiser.param_groups:
+            group["lr"] = learning_rate(step, case.steps, 1e-3, 5e-7, 20)
+        optimiser.zero_grad()
+        network.loss(only(next(stream), taught)).loss.backward()
+        optimiser.step()
+    network.eval()
+    spent = {"cpu": time.process_time() - start}
+    rows = {}
+    for m in case.modalities:
+        batches = (only(b, m) for b in found.held_out.once(case.batch))
+        rows[f"frozen head taught {taught}, asked {m}"] = {**score(network, batches), **spent}
+        near = knn_probe(request_of(case, data, work), work / "pre", 5, across=(taught, m))
+        rows[f"5-NN of windows, remembers {taught}, asked {m}"] = {**near, "cpu": 0.0}
+    return rows
+
+
+def only(batch: Batch, modality: str) -> Batch:
+    """A batch with one of its modalities."""
+    valid = {m: v for m, v in batch.valid.items() if m == modality}
+    return replace(batch, images={modality: batch.images[modality]}, valid=valid)
 
 
 def features(batches: Any, case: Case, most: int) -> tuple[Any, Any]:
@@ -258,7 +306,7 @@ def measure(name: str, part: str, data: Path, work: Path) -> None:
 
     def note(method: str, scores: dict[str, Any]) -> None:
         kept = ("accuracy", "miou", "f1", "kappa", "balanced_accuracy", "change_f1", "ece",
-                "majority", "cpu", "steps", "pixels")  # fmt: skip
+                "majority", "cpu", "steps", "pixels", "rmse", "mae", "r2")  # fmt: skip
         row = {"set": name, "method": method, **{k: scores[k] for k in kept if k in scores}}
         with (work / "rows.jsonl").open("a") as file:
             file.write(json.dumps(row) + "\n")
@@ -266,6 +314,18 @@ def measure(name: str, part: str, data: Path, work: Path) -> None:
 
     if part == "forest":
         note("random forest", forest(case, data, work))
+    elif part == "missing":
+        run = work / "runs" / f"{name}-pre-full"
+        for alone in case.modalities:
+            asked = replace(request_of(case, data, work), modalities=(alone,), task="", size=0)
+            note(
+                f"fused model, only {alone}",
+                evaluate(EvaluateRequest(asked, run, work / "runs" / f"{name}-{alone}", worst=0)),
+            )
+    elif part == "transfer":
+        for taught in case.modalities:
+            for method, found in transferred(case, taught, data, work).items():
+                note(method, found)
     elif part == "cnn":
         rows = [json.loads(r) for r in (work / "rows.jsonl").read_text().splitlines()]
         longest = max(r["cpu"] for r in rows if r["set"] == name and "full" in r["method"])
@@ -279,19 +339,16 @@ def measure(name: str, part: str, data: Path, work: Path) -> None:
 
 
 def table(work: Path) -> None:
-    rows = [
-        SimpleNamespace(**json.loads(r)) for r in (work / "rows.jsonl").read_text().splitlines()
-    ]
-    for row in rows:
-        main = vars(row)[MAIN[CASES[row.set].task]]
-        print(f"| {row.set} | {row.method} | {100 * main:.1f} | {100 * row.accuracy:.1f} | "
-              f"{100 * row.kappa:.1f} | {row.cpu:.0f} |")  # fmt: skip
+    for line in (work / "rows.jsonl").read_text().splitlines():
+        row = json.loads(line)
+        main = MAIN[CASES[row["set"]].task]
+        shown = [f"{row[k]:.3f}" if k in row else "" for k in (main, "accuracy", "kappa", "ece")]
+        print(f"| {row['set']} | {row['method']} | {' | '.join(shown)} | {row.get('cpu', 0):.0f} |")
 
 
 if __name__ == "__main__":
     data, work, what = Path(sys.argv[1]), Path(sys.argv[2]), sys.argv[3]
     work.mkdir(parents=True, exist_ok=True)
-    torch.set_num_threads(2)
     console.State.quiet = True
     if what == "pretrain":
         prepare(data, work)
