@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
-from scipy.ndimage import gaussian_filter
+from scipy.ndimage import gaussian_filter, shift
 
 Floats = NDArray[np.float64]
 
@@ -47,6 +47,7 @@ def clip(folder: Path, seed: int, frames: int = 6, size: int = 256) -> None:
         vehicles += road(rng, ground, size)
     for _ in range(rng.integers(0, 3)):
         parking(rng, ground, size)
+    clutter(rng, ground, size)
     (folder / "img1").mkdir(parents=True, exist_ok=True)
     (folder / "gt").mkdir(exist_ok=True)
     rows = []
@@ -57,7 +58,7 @@ def clip(folder: Path, seed: int, frames: int = 6, size: int = 256) -> None:
             if 2 <= cx < size - 2 and 2 <= cy < size - 2:
                 stamp(image, cx, cy, box, value)
                 rows.append(f"{t + 1},{track},{cx - 4.5:.2f},{cy - 4.5:.2f},9,9,1,1,1")
-        shifted = np.roll(image, rng.integers(-1, 2, 2), (0, 1)) if rng.random() < 0.3 else image
+        shifted = shift(image, rng.normal(0, 0.4, 2), order=1, mode="nearest")
         noisy = gaussian_filter(shifted, 0.5) * rng.normal(1, 0.02) + rng.normal(0, 2, image.shape)
         grey = np.clip(noisy, 0, 255).astype(np.uint8)
         Image.fromarray(grey).save(folder / "img1" / f"{t + 1:06d}.png")
@@ -83,6 +84,15 @@ def road(rng: np.random.Generator, ground: Floats, size: int) -> list[tuple]:  #
             vehicles.append((px, py, vx, vy, box, max(value, 5)))
             along += rng.uniform(14, 90)
     return vehicles
+
+
+def clutter(rng: np.random.Generator, ground: Floats, size: int) -> None:
+    """Bushes, signs, roof edges: what looks like a vehicle in one frame and never moves."""
+    for _ in range(rng.integers(50, 250)):
+        x, y = rng.uniform(0, size, 2)
+        box = (rng.uniform(2, 12), rng.uniform(2, 5), rng.uniform(0, math.pi))
+        here = ground[min(int(y), size - 1), min(int(x), size - 1)]
+        stamp(ground, x, y, box, max(5.0, here + rng.choice([-1, 1]) * rng.uniform(15, 80)))
 
 
 def parking(rng: np.random.Generator, ground: Floats, size: int) -> None:
