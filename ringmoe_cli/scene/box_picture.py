@@ -6,7 +6,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from model.boxes import Boxes
-from ringmoe_cli.scene.picture import INK, new_figure, quicklook, row_of, save, thinned
+from ringmoe_cli.scene.picture import INK, new_figure, quicklook, save, thinned
 
 LABELLED, FOUND = "#38c172", "#ff5533"
 """Colours of the outlines."""
@@ -23,7 +23,7 @@ def save_boxes(path: Path, values: NDArray[np.float32], found: Boxes, truth: Box
     """
     height, width = values.shape[1:]
     figure = new_figure(7, 7 * height / width + 0.4)
-    (axes,) = row_of(figure, 1)
+    axes = figure.subplots()
     axes.imshow(quicklook(thinned(values)), extent=(0, width, height, 0))
     for boxes, colour, scored in ((truth, LABELLED, False), (found, FOUND, True)):
         for outline, score in zip(boxes.polygons().tolist(), boxes.scores.tolist(), strict=True):
