@@ -37,7 +37,7 @@ from model.rewrite import prune_checkpoint, result_config
 from ringmoe_cli.calibration import calibration_chips, routing_mass
 
 torch.set_num_threads(2)
-CHIPS = 1200
+CHIPS = 1000
 """Of EuroSAT: half to test, a third to train the probe."""
 BASELINES = ("ka", "kc", "ks", "shared", "random", "linear")
 
