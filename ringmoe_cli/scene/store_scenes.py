@@ -116,8 +116,8 @@ def labelled_places(
     scenes = [s for store in stores for s in store.scenes]
     chosen = [s for s in scenes if not modalities or s.modality in modalities]
     if not chosen:
-        held = ", ".join(sorted({s.modality for s in scenes}))
-        raise LabelError(f"{stores[0].path} is {held}; {', '.join(modalities)} is wanted")
+        there = ", ".join(sorted({s.modality for s in scenes}))
+        raise LabelError(f"{stores[0].path} is {there}; {', '.join(modalities)} is wanted")
     found = []
     for members in by_place(chosen):
         first = members[0].grid
