@@ -10,7 +10,7 @@ take no part in anything but the score.
 Readout, the same for everyone: mean and deviation of the four stages, standardised; ridge
 regression to one-hot classes, its strength chosen on a fifth of the training set; k-NN with five
 neighbours by cosine. Beside the encoders stand pixels and histograms with the same ridge readout.
-Results: pretrain_probe.md.
+One JSON line per set and encoder on stdout.
 """
 
 import argparse
