@@ -17,7 +17,7 @@ import numpy as np
 import zarr
 from numcodecs import Blosc, Zstd, blosc
 
-from ringmoe_cli.scene.chunks import ChunkCache, ChunkedArray
+from ringmoe_cli.scene.store.chunks import ChunkCache, ChunkedArray
 
 SIZE = 192
 WINDOWS = 300

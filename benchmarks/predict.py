@@ -29,13 +29,13 @@ from model.config import ModelConfig, TaskConfig
 from model.encoder import RingMoE
 from model.normalisation import Normalisation
 from model.tasks.network import TaskNetwork, load_task_network
-from ringmoe_cli.answers import Settings
+from ringmoe_cli.jobs.answers import Settings
 from ringmoe_cli.machine import use_memory_steadily
 from ringmoe_cli.scene.stitch import Lattice
 
 BANDS = ("blue", "green", "red", "nir")
-IDLE = "import resource, sys; from pathlib import Path; from ringmoe_cli import maps; " \
-    "from ringmoe_cli.opening import Wish; " \
+IDLE = "import resource, sys; from pathlib import Path; from ringmoe_cli.jobs import maps; " \
+    "from ringmoe_cli.jobs.opening import Wish; " \
     "maps.load_mapper(Path(sys.argv[1]), Wish()); " \
     "print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)"  # fmt: skip
 

@@ -27,9 +27,9 @@ from model.optim import adamw
 from model.parallel import Ranks
 from model.pretrain import MaskedImageModel
 from model.train import TrainConfig, update
-from ringmoe_cli.pretraining import PretrainRequest, masked_batches, open_data
+from ringmoe_cli.jobs.pretraining import PretrainRequest, masked_batches, open_data
+from ringmoe_cli.jobs.watching import RoutingLog, Watch
 from ringmoe_cli.recipe import load_pretrain_recipe
-from ringmoe_cli.watching import RoutingLog, Watch
 
 
 def stepper(

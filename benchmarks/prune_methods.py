@@ -34,7 +34,7 @@ from model.integrate import FitSettings, Task, Tokens, fit, joined, refitted, ri
 from model.merge import FFN, merge
 from model.prune import Plan, plan_pruning, sub_model
 from model.rewrite import prune_checkpoint, result_config
-from ringmoe_cli.calibration import calibration_chips, routing_mass
+from ringmoe_cli.jobs.calibration import calibration_chips, routing_mass
 
 torch.set_num_threads(2)
 CHIPS = 1000

@@ -21,9 +21,14 @@ import numpy as np
 import rasterio
 from rasterio.windows import Window
 
-from ringmoe_cli.demo import score_map
-from ringmoe_cli.scene.baselines import UNLABELLED, linear_map, majority_map, with_neighbourhood
+from ringmoe_cli.jobs.demo import score_map
 from ringmoe_cli.scene.picture import paint, quicklook, save_triptych
+from ringmoe_cli.scene.simulated.baselines import (
+    UNLABELLED,
+    linear_map,
+    majority_map,
+    with_neighbourhood,
+)
 
 BANDS = "blue,green,red,rededge1,rededge2,rededge3,nir,nir08,swir16,swir22"
 SCALE = 0.001

@@ -30,7 +30,7 @@ from model.association import track
 from model.boxes import Boxes
 from model.detection_metrics import AveragePrecision
 from model.tracking_metrics import TrackingScores
-from ringmoe_cli.scene.boxes_io import BoxSet, boxes_of, find_boxes, image_size
+from ringmoe_cli.scene.labelled.boxes_io import BoxSet, boxes_of, find_boxes, image_size
 
 DATA = Path(os.environ.get("RINGMOE_DATA", "/nowhere"))
 REACH = 6.0
@@ -290,10 +290,10 @@ def score_wpafb(work: Path, run: Path, seconds: float) -> None:
 def detected(run: Path, paths: list[Path]) -> list[Boxes]:
     """The boxes of every frame of a clip, as `ringmoe predict` finds them."""
     from model.tasks.network import load_task_network
-    from ringmoe_cli.objects import boxes_of_clip, settings_of
+    from ringmoe_cli.jobs.objects import boxes_of_clip, settings_of
+    from ringmoe_cli.scene.maps.strips import Normalised
     from ringmoe_cli.scene.reader import SceneReader
     from ringmoe_cli.scene.sensors import open_scene
-    from ringmoe_cli.scene.strips import Normalised
 
     network, config = load_task_network(run)
     frames = [

@@ -29,16 +29,16 @@ from model.metrics import ConfusionMatrix
 from model.optim import adamw, learning_rate
 from model.tasks.network import TaskNetwork
 from ringmoe_cli import console
-from ringmoe_cli.evaluation import EvaluateRequest, evaluate
-from ringmoe_cli.finetuning import FinetuneRequest, finetune, score, starting_point
-from ringmoe_cli.pretraining import PretrainRequest, pretrain
-from ringmoe_cli.probe import knn_probe
+from ringmoe_cli.jobs.evaluation import EvaluateRequest, evaluate
+from ringmoe_cli.jobs.finetuning import FinetuneRequest, finetune, score, starting_point
+from ringmoe_cli.jobs.pretraining import PretrainRequest, pretrain
+from ringmoe_cli.jobs.probe import knn_probe
+from ringmoe_cli.jobs.taskdata import DataRequest, open_task_data
 from ringmoe_cli.recipe import FinetuneRecipe, load_finetune_recipe, load_pretrain_recipe
-from ringmoe_cli.scene.intake import gather
 from ringmoe_cli.scene.labels import Wanted
 from ringmoe_cli.scene.sensors import Said
+from ringmoe_cli.scene.store.intake import gather
 from ringmoe_cli.scene.tiling import Settings, tile_scenes
-from ringmoe_cli.taskdata import DataRequest, open_task_data
 
 PRETRAIN_STEPS = 85
 MAIN = {

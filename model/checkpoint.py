@@ -58,7 +58,7 @@ class CheckpointConfig:
 
     def text(self) -> str:
         """The contents of config.json."""
-        return json.dumps(self.to_dict(), indent=1, sort_keys=True) + "\n"
+        return json.dumps(self.to_dict(), indent=1) + "\n"
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> Self:

@@ -12,11 +12,11 @@ from model.config import ModelConfig, TaskConfig
 from model.encoder import RingMoE
 from model.normalisation import Normalisation
 from model.tasks.network import TaskNetwork
-from ringmoe_cli.answers import Settings, predict_rows
-from ringmoe_cli.prediction import Job, predict_scene
+from ringmoe_cli.jobs.answers import Settings, predict_rows
+from ringmoe_cli.jobs.prediction import Job, predict_scene
+from ringmoe_cli.scene.maps.strips import Normalised
 from ringmoe_cli.scene.reader import SceneReader
 from ringmoe_cli.scene.sensors import open_scene
-from ringmoe_cli.scene.strips import Normalised
 
 BANDS = ("blue", "green", "red", "nir")
 NORM = Normalisation(BANDS, (0.1, 0.1, 0.1, 0.3), (0.05, 0.05, 0.05, 0.1))

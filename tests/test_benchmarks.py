@@ -5,10 +5,10 @@ import pytest
 from PIL import Image
 
 from ringmoe_cli.errors import LabelError
-from ringmoe_cli.scene.benchmarks import BENCHMARKS, benchmark
-from ringmoe_cli.scene.folder_images import FolderImage, Images
+from ringmoe_cli.jobs.taskdata import DataRequest, find_items
 from ringmoe_cli.scene.grid import Window
-from ringmoe_cli.taskdata import DataRequest, find_items
+from ringmoe_cli.scene.labelled.benchmarks import BENCHMARKS, benchmark
+from ringmoe_cli.scene.labelled.folder_images import FolderImage, Images
 
 SIDE = 16
 

@@ -6,10 +6,10 @@ import torch
 from PIL import Image
 
 from ringmoe_cli.errors import LabelError
-from ringmoe_cli.scene.box_images import boxes_in, drawn, side_of
-from ringmoe_cli.scene.boxes_io import Boxes
+from ringmoe_cli.jobs.taskdata import DataRequest, open_task_data
 from ringmoe_cli.scene.grid import Window
-from ringmoe_cli.taskdata import DataRequest, open_task_data
+from ringmoe_cli.scene.labelled.box_images import boxes_in, drawn, side_of
+from ringmoe_cli.scene.labelled.boxes_io import Boxes
 
 
 def picture(path, boxes, size=(96, 96)):

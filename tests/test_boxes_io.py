@@ -9,8 +9,8 @@ import torch
 from PIL import Image
 
 from ringmoe_cli.errors import LabelError
-from ringmoe_cli.scene.box_formats import Mark, parse_csv, parse_dota, parse_mot, parse_voc
-from ringmoe_cli.scene.boxes_io import boxes_of, find_boxes, image_size
+from ringmoe_cli.scene.labelled.box_formats import Mark, parse_csv, parse_dota, parse_mot, parse_voc
+from ringmoe_cli.scene.labelled.boxes_io import boxes_of, find_boxes, image_size
 
 SIZE = (80, 100)
 
@@ -176,8 +176,8 @@ def aircraft(root):
      ("sar-aircraft", aircraft, 2)],
 )  # fmt: skip
 def test_benchmarks_as_downloaded(tmp_path, name, build, label):
-    from ringmoe_cli.scene.box_benchmarks import BOX_BENCHMARKS
-    from ringmoe_cli.taskdata import DataRequest, find_items
+    from ringmoe_cli.jobs.taskdata import DataRequest, find_items
+    from ringmoe_cli.scene.labelled.box_benchmarks import BOX_BENCHMARKS
 
     build(tmp_path)
     about = BOX_BENCHMARKS[name]
@@ -193,7 +193,7 @@ def test_benchmarks_as_downloaded(tmp_path, name, build, label):
 
 
 def test_benchmarks_that_do_not_fit():
-    from ringmoe_cli.scene.box_benchmarks import box_benchmark
+    from ringmoe_cli.scene.labelled.box_benchmarks import box_benchmark
 
     with pytest.raises(LabelError, match="unknown benchmark"):
         box_benchmark("coco", "detection", False)

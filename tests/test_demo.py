@@ -6,13 +6,13 @@ import shutil
 import numpy as np
 import pytest
 
-from ringmoe_cli.demo import DemoRequest, demo, divide, height_of, rivals, score_map
 from ringmoe_cli.errors import CheckpointError, OutputExistsError, RingmoeError
-from ringmoe_cli.quicklook import draw_curves
-from ringmoe_cli.reconstruction import reconstructions
-from ringmoe_cli.scene.baselines import linear_map, majority_map, with_neighbourhood
+from ringmoe_cli.jobs.demo import DemoRequest, demo, divide, height_of, rivals, score_map
+from ringmoe_cli.jobs.quicklook import draw_curves
+from ringmoe_cli.jobs.reconstruction import reconstructions
 from ringmoe_cli.scene.picture import NODATA
 from ringmoe_cli.scene.simulate import read_raster, simulate_scene
+from ringmoe_cli.scene.simulated.baselines import linear_map, majority_map, with_neighbourhood
 
 
 def small(folder, **changes):

@@ -19,8 +19,8 @@ from model.config import ModelConfig
 from model.encoder import RingMoE
 from model.normalisation import Normalisation
 from ringmoe_cli.app import app
-from ringmoe_cli.embedding import load_embedder, principal_components
-from ringmoe_cli.opening import Wish
+from ringmoe_cli.jobs.embedding import load_embedder, principal_components
+from ringmoe_cli.jobs.opening import Wish
 from ringmoe_cli.scene.grid import Window
 
 

@@ -19,7 +19,7 @@ from model.encoder import RingMoE
 from model.normalisation import Normalisation
 from model.tasks.network import TaskNetwork
 from ringmoe_cli.app import app
-from ringmoe_cli.evaluation import Gathered, translation
+from ringmoe_cli.jobs.evaluation import Gathered, translation
 from ringmoe_cli.scene.simulate import simulate_scene, write_scene
 
 CLASSES = ("water", "forest", "grassland", "cropland", "built-up", "bare soil")

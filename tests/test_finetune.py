@@ -21,7 +21,7 @@ from model.encoder import RingMoE
 from model.normalisation import Normalisation
 from model.tasks.network import load_task_network
 from ringmoe_cli.app import app
-from ringmoe_cli.finetuning import nearest_channels
+from ringmoe_cli.jobs.finetuning import nearest_channels
 from ringmoe_cli.scene.simulate import simulate_scene, write_scene
 
 SIZES = (
@@ -128,7 +128,7 @@ def test_co_registered_modalities_are_fused(store, pretrained, tmp_path):
 def test_a_stopped_run_goes_on_as_if_it_had_not_stopped(store, tmp_path, peft, monkeypatch):
     whole = finetune(store, tmp_path / "whole", "--modality", "ms", *peft)
     assert whole.exit_code == 0, whole.output
-    from ringmoe_cli.scene.examples import LabelledWindows
+    from ringmoe_cli.scene.labelled.examples import LabelledWindows
 
     original = LabelledWindows.training
 
@@ -273,9 +273,9 @@ def test_few_shot_episodes_draw_anew_and_say_how_sure_they_are(store, tmp_path):
 
 
 def test_shots_are_windows_of_every_class():
-    from ringmoe_cli.scene.examples import LabelledWindows, Place
     from ringmoe_cli.scene.grid import Grid, Window
-    from ringmoe_cli.scene.splits import few
+    from ringmoe_cli.scene.labelled.examples import LabelledWindows, Place
+    from ringmoe_cli.scene.labelled.splits import few
 
     class Chip:
         name, grid = "chip", Grid(8, 8)
@@ -326,7 +326,7 @@ def test_an_encoder_is_probed_by_its_neighbours(store, pretrained, tmp_path):
 
 
 def test_votes_count_by_likeness():
-    from ringmoe_cli.probe import vote
+    from ringmoe_cli.jobs.probe import vote
 
     likeness = torch.tensor([[0.9, 0.2, 0.8, 0.1], [0.1, 0.95, 0.0, 0.9]])
     votes = vote(likeness, torch.tensor([2, 0, 2, 1]), 2, 3)

@@ -6,13 +6,13 @@ from PIL import Image
 
 from model.batch import Batch
 from ringmoe_cli.errors import LabelError
-from ringmoe_cli.scene.examples import LabelledWindows, Place, turned
-from ringmoe_cli.scene.folder_images import FolderImage, Images, measure
-from ringmoe_cli.scene.folders import find_examples, from_csv
+from ringmoe_cli.jobs.taskdata import DataRequest, open_task_data
 from ringmoe_cli.scene.grid import Grid, Window
-from ringmoe_cli.scene.labelcode import ClassList, LabelCode, class_list
-from ringmoe_cli.scene.splits import split_by_block, split_by_image, tiled
-from ringmoe_cli.taskdata import DataRequest, open_task_data
+from ringmoe_cli.scene.labelled.examples import LabelledWindows, Place, turned
+from ringmoe_cli.scene.labelled.folder_images import FolderImage, Images, measure
+from ringmoe_cli.scene.labelled.folders import find_examples, from_csv
+from ringmoe_cli.scene.labelled.labelcode import ClassList, LabelCode, class_list
+from ringmoe_cli.scene.labelled.splits import split_by_block, split_by_image, tiled
 
 
 def image(path, side=32, value=None, size=None, mode="RGB"):

@@ -14,10 +14,10 @@ from rasters import noise, write_raster
 
 from ringmoe_cli.errors import LabelError
 from ringmoe_cli.scene.grid import Window
-from ringmoe_cli.scene.intake import gather, split_task
 from ringmoe_cli.scene.labels import Wanted, open_labels
-from ringmoe_cli.scene.plain import Said
+from ringmoe_cli.scene.products.plain import Said
 from ringmoe_cli.scene.sensors import open_scene
+from ringmoe_cli.scene.store.intake import gather, split_task
 from ringmoe_cli.scene.tiling import Settings, tile_scenes
 
 SEGMENTATION = Wanted("segmentation", "land,water,town")
@@ -153,7 +153,7 @@ polygon = st.tuples(
 @settings(deadline=None)
 def test_polygons_are_burnt_where_pixel_centres_lie_inside(boxes, row, col):
     from ringmoe_cli.scene.grid import Grid
-    from ringmoe_cli.scene.polygons import PolygonLabels
+    from ringmoe_cli.scene.labelled.polygons import PolygonLabels
     from ringmoe_cli.scene.tiles import LabelLayer
 
     grid = Grid(60, 80, "x", (10.0, 0.0, 500.0, 0.0, -10.0, 900.0))

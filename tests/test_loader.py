@@ -10,13 +10,13 @@ from hypothesis import strategies as st
 from rasters import noise, write_raster
 
 from ringmoe_cli.errors import StoreError
-from ringmoe_cli.scene.augment import Turn, mirror_signs, resized, turned
-from ringmoe_cli.scene.chips import ChipDataset
 from ringmoe_cli.scene.grid import Window
 from ringmoe_cli.scene.loader import grid_batches, mix, pretraining_batches, store_normalisation
 from ringmoe_cli.scene.radiometry import span_db
 from ringmoe_cli.scene.reader import SceneReader
 from ringmoe_cli.scene.sensors import open_scene
+from ringmoe_cli.scene.store.augment import Turn, mirror_signs, resized, turned
+from ringmoe_cli.scene.store.chips import ChipDataset
 from ringmoe_cli.scene.tiles import open_store
 from ringmoe_cli.scene.tiling import Labelled, Settings, tile_scenes
 

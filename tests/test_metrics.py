@@ -111,7 +111,8 @@ def test_area_estimates_reproduce_the_worked_example_of_the_good_practices_paper
     by_map = np.array([[66, 0, 5, 4], [0, 55, 8, 12], [1, 0, 153, 11], [2, 1, 9, 313]])
     mapped = np.array([200_000.0, 150_000.0, 3_200_000.0, 6_450_000.0]) * 0.09  # hectares
     estimates = area_estimates(by_map.T, mapped)
-    # The paper: 21,158 +- 6,158 ha of deforestation, 11,686 +- 3,756, 285,770 +- 15,510, 581,386 +- 16,282.
+    # The paper, in hectares: 21,158 +- 6,158 of deforestation, 11,686 +- 3,756,
+    # 285,770 +- 15,510 and 581,386 +- 16,282.
     areas = [e.estimated for e in estimates]
     margins = [e.margin for e in estimates]
     np.testing.assert_allclose(areas, [21_158, 11_686, 285_770, 581_386], rtol=5e-4)

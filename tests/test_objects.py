@@ -13,10 +13,10 @@ from model.config import TaskConfig
 from model.normalisation import Normalisation
 from model.tasks.detection import Detection
 from model.tasks.tracking import Tracking
-from ringmoe_cli import object_maps, objects
+from ringmoe_cli.jobs import object_maps, objects
 from ringmoe_cli.scene.grid import Grid, Window
+from ringmoe_cli.scene.maps.strips import Normalised
 from ringmoe_cli.scene.scene import Band, Scene
-from ringmoe_cli.scene.strips import Normalised
 
 UTM = "EPSG:32633"
 PLACE = (2.0, 0.0, 500_000.0, 0.0, -2.0, 5_400_000.0)
@@ -163,7 +163,7 @@ def test_tiles_of_a_scene(tmp_path):
 
 
 def test_f1_of_an_image():
-    from ringmoe_cli.scene.box_images import BoxScene
+    from ringmoe_cli.scene.labelled.box_images import BoxScene
 
     truth = Boxes.from_corners([[0, 0, 10, 10], [20, 0, 30, 10], [40, 0, 50, 10]])
     image = BoxScene(None, (truth,))

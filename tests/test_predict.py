@@ -21,7 +21,7 @@ from model.encoder import RingMoE
 from ringmoe_cli import console
 from ringmoe_cli.app import app
 from ringmoe_cli.errors import RingmoeError
-from ringmoe_cli.maps import output_path
+from ringmoe_cli.jobs.maps import output_path
 
 
 @pytest.fixture(autouse=True)

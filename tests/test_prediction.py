@@ -27,14 +27,14 @@ from mapping import (
 
 from model.batch import Prediction
 from model.normalisation import Normalisation
-from ringmoe_cli.answers import Settings, predict_rows
 from ringmoe_cli.errors import BadBlockError, RingmoeError
+from ringmoe_cli.jobs.answers import Settings, predict_rows
 from ringmoe_cli.scene.grid import Window
-from ringmoe_cli.scene.product import ClassMap
+from ringmoe_cli.scene.maps.product import ClassMap
+from ringmoe_cli.scene.maps.strips import Normalised, SkipBad
 from ringmoe_cli.scene.reader import SceneReader
 from ringmoe_cli.scene.resample import Resampled
 from ringmoe_cli.scene.sensors import open_scene
-from ringmoe_cli.scene.strips import Normalised, SkipBad
 
 
 def test_answers_are_blended_back_to_what_each_pixel_says(scene):
@@ -108,7 +108,7 @@ def test_other_settings_start_anew(tmp_path, scene):
 
 
 def test_two_runs_do_not_write_one_output(tmp_path, scene):
-    from ringmoe_cli.scene.part import Part
+    from ringmoe_cli.scene.maps.part import Part
 
     with Part(tmp_path / "m.tif", {}), pytest.raises(RingmoeError, match="another run"):
         mapped(
@@ -273,7 +273,7 @@ def test_memory_does_not_grow_with_the_scenes_height(tmp_path):
         "mapped(Constant(), normalised(sys.argv[1]), ClassMap(TASK), outputs(Path(sys.argv[2])), "
         "Settings(32, 8, 64))\nprint(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)"
     )
-    script = "from ringmoe_cli.scene.product import ClassMap\n" + script
+    script = "from ringmoe_cli.scene.maps.product import ClassMap\n" + script
     peaks = []
     for height in (1000, 10_000):
         folder = tmp_path / str(height)

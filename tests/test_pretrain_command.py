@@ -18,9 +18,9 @@ from model.checkpoint import read_config
 from model.encoder import RingMoE
 from model.journal import Journal
 from ringmoe_cli.errors import OutputExistsError, RingmoeError, StoreError
-from ringmoe_cli.pretraining import PretrainRequest, open_data, pretrain, simulated_stores
+from ringmoe_cli.jobs.pretraining import PretrainRequest, open_data, pretrain, simulated_stores
+from ringmoe_cli.jobs.runs import claim_run, first_difference, stop_requests
 from ringmoe_cli.recipe import load_pretrain_recipe
-from ringmoe_cli.runs import claim_run, first_difference, stop_requests
 
 SMALL = (
     "model.depths=[1,1,1,1]", "model.embed_dim=8", "model.image_size=32", "model.window=4",
@@ -33,7 +33,7 @@ PROGRAM = Path(sys.executable).parent / "ringmoe"
 @pytest.fixture(scope="module")
 def store(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("ringmoe_cli.pretraining.SIMULATED_SIZE", 96)
+        patch.setattr("ringmoe_cli.jobs.pretraining.SIMULATED_SIZE", 96)
         yield simulated_stores(tmp_path_factory.mktemp("simulated"))[0]
 
 
@@ -69,7 +69,7 @@ def test_stopped_run_continues_on_real_data_bit_for_bit(store: Path, tmp_path: P
         os.kill(os.getpid(), signal.SIGTERM)
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("ringmoe_cli.pretraining.Watch.on_step", stop_here)
+        patch.setattr("ringmoe_cli.jobs.pretraining.Watch.on_step", stop_here)
         for _ in range(2):
             with pytest.raises(KeyboardInterrupt):
                 pretrain(request(store, tmp_path / "parts", "train.steps=6", "train.save_every=9"))
@@ -134,7 +134,7 @@ def test_folder_with_something_else_is_never_replaced(tmp_path: Path) -> None:
 def test_two_processes_do_not_train_in_one_folder(tmp_path: Path) -> None:
     claim_run(tmp_path, {}, 10, overwrite=False)
     claim_run(tmp_path, {}, 10, overwrite=False)
-    again = "import pathlib, ringmoe_cli.runs as r; r.claim_run(pathlib.Path(), {}, 10, False)"
+    again = "import pathlib, ringmoe_cli.jobs.runs as r; r.claim_run(pathlib.Path(), {}, 10, False)"
     other = subprocess.run(
         [sys.executable, "-P", "-c", again],
         cwd=tmp_path,

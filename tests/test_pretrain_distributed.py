@@ -13,7 +13,7 @@ import pytest
 
 from model.checkpoint import read_config
 from model.journal import Journal
-from ringmoe_cli.pretraining import simulated_stores
+from ringmoe_cli.jobs.pretraining import simulated_stores
 from ringmoe_cli.ranks import free_port
 
 pytestmark = [pytest.mark.distributed, pytest.mark.timeout(900)]
@@ -30,7 +30,7 @@ CHILDREN = "/proc/{0}/task/{0}/children"
 @pytest.fixture(scope="module")
 def store(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("ringmoe_cli.pretraining.SIMULATED_SIZE", 96)
+        patch.setattr("ringmoe_cli.jobs.pretraining.SIMULATED_SIZE", 96)
         yield simulated_stores(tmp_path_factory.mktemp("simulated"))[0]
 
 

@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 from ringmoe_cli.scene.grid import Grid
 from ringmoe_cli.scene.radiometry import calibrate, span_db, to_physical, valid_pixels
 from ringmoe_cli.scene.scene import Band, Calibration, Scene
-from ringmoe_cli.scene.statistics import Moments, channel_keys, region_moments
+from ringmoe_cli.scene.store.statistics import Moments, channel_keys, region_moments
 
 
 def scene(names, quantity, modality, dtype="float32", **band):

@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 
 from ringmoe_cli.errors import SceneError
 from ringmoe_cli.scene.grid import Grid, Window
-from ringmoe_cli.scene.product import Rows
+from ringmoe_cli.scene.maps.product import Rows
 from ringmoe_cli.scene.resample import Axis, Bands, Resampled, model_size
 from ringmoe_cli.scene.scene import Band, Scene
 from ringmoe_cli.scene.stitch import Lattice

@@ -3,7 +3,6 @@
 import numpy as np
 import pytest
 
-from ringmoe_cli.scene.landcover import smooth_field
 from ringmoe_cli.scene.simulate import (
     MS_SCALE,
     SAR_SCALE,
@@ -12,8 +11,14 @@ from ringmoe_cli.scene.simulate import (
     simulate_scene,
     write_scene,
 )
-from ringmoe_cli.scene.speckle import draw_scattering, multilook_amplitude, point_spread, quad_pol
-from ringmoe_cli.scene.spectra import BANDS, COVER_OF, COVERS, SURFACES
+from ringmoe_cli.scene.simulated.landcover import smooth_field
+from ringmoe_cli.scene.simulated.speckle import (
+    draw_scattering,
+    multilook_amplitude,
+    point_spread,
+    quad_pol,
+)
+from ringmoe_cli.scene.simulated.spectra import BANDS, COVER_OF, COVERS, SURFACES
 
 ALL = np.stack([s.polarimetric_covariance() for s in SURFACES])
 

@@ -10,7 +10,7 @@ from rasters import noise, write_raster
 from ringmoe_cli.errors import SceneError
 from ringmoe_cli.scene.bands import SENTINEL2
 from ringmoe_cli.scene.grid import Window
-from ringmoe_cli.scene.plain import Said
+from ringmoe_cli.scene.products.plain import Said
 from ringmoe_cli.scene.radiometry import span_db, to_physical
 from ringmoe_cli.scene.reader import SceneReader
 from ringmoe_cli.scene.sensors import open_scene, open_scenes

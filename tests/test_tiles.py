@@ -14,11 +14,11 @@ from rasterio.transform import Affine
 from rasters import noise, write_raster
 
 from ringmoe_cli.errors import StoreError
-from ringmoe_cli.scene.chunks import ChunkCache, ChunkedArray
 from ringmoe_cli.scene.grid import ControlPoint, Grid
-from ringmoe_cli.scene.layout import add
 from ringmoe_cli.scene.scene import Band, Scene
 from ringmoe_cli.scene.sensors import open_scene
+from ringmoe_cli.scene.store.chunks import ChunkCache, ChunkedArray
+from ringmoe_cli.scene.store.layout import add
 from ringmoe_cli.scene.tiles import open_store, scene_from_dict, scene_to_dict
 from ringmoe_cli.scene.tiling import Labelled, Settings, tile_scenes
 

@@ -13,16 +13,15 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from rasters import noise, write_raster
-from typer.testing import CliRunner
 
-from ringmoe_cli.app import app
 from ringmoe_cli.cluster import Engine, parse_slurm
 from ringmoe_cli.errors import BadBlockError, OutputExistsError, RingmoeError, StoreError
-from ringmoe_cli.scene import regions, tiling
+from ringmoe_cli.scene import tiling
 from ringmoe_cli.scene.grid import Grid, Window
 from ringmoe_cli.scene.radiometry import to_physical
 from ringmoe_cli.scene.reader import SceneReader
 from ringmoe_cli.scene.sensors import open_scene
+from ringmoe_cli.scene.store import regions
 from ringmoe_cli.scene.tiles import open_store
 from ringmoe_cli.scene.tiling import Labelled, Settings, tile_scenes
 
@@ -214,7 +213,8 @@ def test_unfinished_work_of_other_inputs_is_not_mixed_in(scene, tmp_path, monkey
 
 KILLED = """
 import os, signal, sys
-from ringmoe_cli.scene import regions, tiling
+from ringmoe_cli.scene import tiling
+from ringmoe_cli.scene.store import regions
 from ringmoe_cli.scene.sensors import open_scene
 from ringmoe_cli.scene.tiling import Labelled, Settings, tile_scenes
 regions.REGION_BYTES = 4 * 2 * 64 * 64
@@ -377,30 +377,3 @@ def test_the_first_failure_stops_the_rest():
     with pytest.raises(StoppedError):
         list(Engine(threads=1).run(work, range(1000)))
     assert len(seen) < 20
-
-
-def ringmoe(*arguments, stdin=""):
-    return CliRunner().invoke(app, [str(a) for a in arguments], input=stdin)
-
-
-def test_the_command_tiles_a_list_from_stdin(scene, tmp_path):
-    paths = []
-    for i in range(2):
-        values = noise(3, 70, 80, "uint8", seed=i)
-        paths.append(write_raster(tmp_path / f"rgb{i}.tif", values, photometric="RGB"))
-    out = tmp_path / "t.zarr"
-    done = ringmoe("tile", "-", "-o", out, "--json", stdin="\n".join(map(str, paths)) + "\n")
-    assert done.exit_code == 0, done.output
-    said = json.loads(done.stdout)
-    assert [s["modality"] for s in said["scenes"]] == ["opt", "opt"]
-    assert said["path"] == str(out)
-    plain = ringmoe("tile", scene.bands[0].path)
-    assert plain.stdout.strip() == str(tmp_path / "scene.zarr")
-
-
-def test_a_command_that_fails_leaves_nothing_finished(tmp_path):
-    done = ringmoe("tile", tmp_path / "none.tif", "-o", tmp_path / "t.zarr")
-    assert isinstance(done.exception, RingmoeError)
-    assert "does not exist" in str(done.exception)
-    assert not list(tmp_path.iterdir())
-    assert isinstance(ringmoe("tile", "-", stdin="").exception, RingmoeError)

@@ -14,10 +14,10 @@ from rasterio.transform import Affine
 
 from model.boxes import Boxes
 from ringmoe_cli.errors import RingmoeError
-from ringmoe_cli.scene import vectors
-from ringmoe_cli.scene.box_formats import parse_mot, parse_vector
-from ringmoe_cli.scene.boxes_io import boxes_of
 from ringmoe_cli.scene.grid import ControlPoint, Grid, Window
+from ringmoe_cli.scene.labelled.box_formats import parse_mot, parse_vector
+from ringmoe_cli.scene.labelled.boxes_io import boxes_of
+from ringmoe_cli.scene.maps import vectors
 
 UTM = CRS.from_epsg(32633).to_wkt()
 GRID = Grid(100, 120, UTM, (2.0, 0.0, 500_000.0, 0.0, -2.0, 5_400_000.0))

@@ -45,8 +45,8 @@ TILE = """
 import json, resource, sys, time
 from pathlib import Path
 from ringmoe_cli.errors import RingmoeError
-from ringmoe_cli.scene.plain import Said
-from ringmoe_cli.scene.intake import gather
+from ringmoe_cli.scene.products.plain import Said
+from ringmoe_cli.scene.store.intake import gather
 from ringmoe_cli.scene.labels import Wanted
 from ringmoe_cli.scene.sensors import open_scene
 from ringmoe_cli.scene.tiling import Settings, tile_scenes

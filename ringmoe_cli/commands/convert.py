@@ -46,7 +46,7 @@ def convert(
     """
     if (weights is None) == (random is None):
         raise typer.BadParameter("name a weight file or folder, or --random and a preset")
-    from ringmoe_cli import conversion
+    from ringmoe_cli.jobs import conversion
 
     source = conversion.Source(weights, random, task, modality, config, dtype, seed)
     out = conversion.output_path(source, output, overwrite)

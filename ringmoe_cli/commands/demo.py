@@ -26,8 +26,8 @@ def demo(
         ringmoe demo
         ringmoe demo -o elsewhere --seed 7 --json
     """
-    from ringmoe_cli.demo import TITLES, DemoRequest
-    from ringmoe_cli.demo import demo as run
+    from ringmoe_cli.jobs.demo import TITLES, DemoRequest
+    from ringmoe_cli.jobs.demo import demo as run
 
     console.State.quiet = quiet
     report = run(DemoRequest(output, seed, overwrite))

@@ -78,9 +78,9 @@ def embed(
     if (pca or quicklook) and not dense:
         raise typer.BadParameter("--pca and --quicklook belong to --dense")
     console.State.quiet = quiet
-    from ringmoe_cli.embedding import load_embedder
-    from ringmoe_cli.maps import scene_list, work_through
-    from ringmoe_cli.opening import Wish
+    from ringmoe_cli.jobs.embedding import load_embedder
+    from ringmoe_cli.jobs.maps import scene_list, work_through
+    from ringmoe_cli.jobs.opening import Wish
     from ringmoe_cli.scene.quickrgb import draw_bands
 
     wish = Wish(

@@ -56,13 +56,13 @@ def evaluate(
         ringmoe evaluate scene_segmentation.tif --labels reference.gpkg
         ringmoe evaluate EuroSAT --model runs/pre --knn 20
     """
-    from ringmoe_cli.evaluation import EvaluateRequest
-    from ringmoe_cli.evaluation import evaluate as run
+    from ringmoe_cli.jobs.evaluation import EvaluateRequest
+    from ringmoe_cli.jobs.evaluation import evaluate as run
+    from ringmoe_cli.jobs.mapscore import score_map
+    from ringmoe_cli.jobs.probe import knn_probe
+    from ringmoe_cli.jobs.scores import report
+    from ringmoe_cli.jobs.taskdata import DataRequest
     from ringmoe_cli.machine import chosen_device
-    from ringmoe_cli.mapscore import score_map
-    from ringmoe_cli.probe import knn_probe
-    from ringmoe_cli.scores import report
-    from ringmoe_cli.taskdata import DataRequest
 
     console.State.quiet = quiet
     paths = [*(data or []), *([folder] if folder else [])]

@@ -63,12 +63,12 @@ def finetune(
         raise typer.BadParameter(f"--peft {peft}: say convpass")
     if task not in TASKS:
         raise typer.BadParameter(f"--task {task}: say {', '.join(TASKS)}")
-    from ringmoe_cli.fewshot import few_shot
-    from ringmoe_cli.finetuning import FinetuneRequest, finetune
+    from ringmoe_cli.jobs.fewshot import few_shot
+    from ringmoe_cli.jobs.finetuning import FinetuneRequest, finetune
+    from ringmoe_cli.jobs.scores import report
+    from ringmoe_cli.jobs.taskdata import DataRequest
     from ringmoe_cli.machine import chosen_device
     from ringmoe_cli.recipe import load_finetune_recipe
-    from ringmoe_cli.scores import report
-    from ringmoe_cli.taskdata import DataRequest
 
     console.State.quiet = quiet
     said = [f"task.name={task}"] + ["task.freeze=true"] * freeze

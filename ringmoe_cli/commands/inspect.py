@@ -38,7 +38,7 @@ def inspect(
         ringmoe inspect runs/pre --curves loss.png --routing experts.png
         ringmoe inspect --preset 14b --json
     """
-    from ringmoe_cli import inspection
+    from ringmoe_cli.jobs import inspection
 
     if recipes:
         report = inspection.of_recipes()

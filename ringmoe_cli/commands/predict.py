@@ -107,8 +107,8 @@ def predict(
     if tta not in ("none", "flips"):
         raise typer.BadParameter(f"--tta {tta}: say flips or none")
     console.State.quiet = quiet
-    from ringmoe_cli import crew, maps, object_maps
-    from ringmoe_cli.opening import Wish
+    from ringmoe_cli.jobs import crew, maps, object_maps
+    from ringmoe_cli.jobs.opening import Wish
     from ringmoe_cli.scene import pipes
     from ringmoe_cli.scene.writer import parse_options
 

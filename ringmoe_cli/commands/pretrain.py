@@ -48,8 +48,8 @@ def pretrain(
 
     if processes > 1 and not launched():
         raise typer.Exit(launch(processes, sys.argv[1:]))
+    from ringmoe_cli.jobs.pretraining import PretrainRequest, pretrain
     from ringmoe_cli.machine import chosen_device
-    from ringmoe_cli.pretraining import PretrainRequest, pretrain
     from ringmoe_cli.recipe import load_pretrain_recipe
 
     console.State.quiet = quiet

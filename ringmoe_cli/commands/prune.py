@@ -54,7 +54,7 @@ def prune(
         raise typer.BadParameter(
             "name a checkpoint or set RINGMOE_MODEL; `ringmoe demo` makes one to try"
         )
-    from ringmoe_cli import prune_report, pruning
+    from ringmoe_cli.jobs import prune_report, pruning
 
     if report:
         prune_report.check_kind(report)

@@ -68,9 +68,10 @@ def tile(
         ls *.tif | ringmoe tile - -o tiles.zarr --workers 8
     """
     from ringmoe_cli.cluster import Engine, parse_slurm
-    from ringmoe_cli.scene import intake, tiling
+    from ringmoe_cli.scene import tiling
     from ringmoe_cli.scene.labels import Wanted
-    from ringmoe_cli.scene.plain import Said
+    from ringmoe_cli.scene.products.plain import Said
+    from ringmoe_cli.scene.store import intake
 
     names = tuple(n.strip() for n in bands.split(",")) if bands else None
     said = Said(modality, names, scale, scl=intake.class_numbers(scl))

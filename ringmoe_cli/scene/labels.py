@@ -9,8 +9,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ringmoe_cli.errors import LabelError, SceneError
-from ringmoe_cli.scene.categories import Category, read_categories
 from ringmoe_cli.scene.grid import Grid, Window
+from ringmoe_cli.scene.labelled.categories import Category, read_categories
 from ringmoe_cli.scene.raster import SAFE_OPTIONS, file_stamp, grid_of, open_raster
 from ringmoe_cli.scene.tiles import IGNORE, LabelLayer
 
@@ -65,7 +65,7 @@ def open_labels(path: str | Path, grid: Grid, wanted: Wanted) -> LabelSource:
     if not path.exists():
         raise LabelError(f"{path} does not exist")
     if path.suffix.lower() in VECTORS:
-        from ringmoe_cli.scene.polygons import open_polygons
+        from ringmoe_cli.scene.labelled.polygons import open_polygons
 
         return open_polygons(path, grid, wanted)
     return open_label_raster(path, grid, wanted)

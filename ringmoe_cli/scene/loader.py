@@ -17,9 +17,9 @@ from model.batch import Batch
 from model.modality import MODALITIES
 from model.normalisation import Normalisation
 from ringmoe_cli.errors import StoreError
-from ringmoe_cli.scene.ahead import ahead
-from ringmoe_cli.scene.chips import Chip, ChipDataset, channel_indexes, measured_channels
-from ringmoe_cli.scene.statistics import POWER, Moments, moments_from
+from ringmoe_cli.scene.store.ahead import ahead
+from ringmoe_cli.scene.store.chips import Chip, ChipDataset, channel_indexes, measured_channels
+from ringmoe_cli.scene.store.statistics import POWER, Moments, moments_from
 from ringmoe_cli.scene.tiles import Store, StoredScene
 
 PREFETCH = 2

@@ -8,10 +8,10 @@ from numpy.typing import NDArray
 
 from ringmoe_cli.errors import SceneError
 from ringmoe_cli.scene.grid import Grid, Window
+from ringmoe_cli.scene.maps.strips import Readable
 from ringmoe_cli.scene.raster import grid_of, numpy_type, open_raster
 from ringmoe_cli.scene.reader import SceneReader
 from ringmoe_cli.scene.scene import Band, Scene
-from ringmoe_cli.scene.strips import Readable
 
 
 class Masked:

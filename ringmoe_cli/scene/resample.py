@@ -15,10 +15,10 @@ from numpy.typing import NDArray
 
 from ringmoe_cli.errors import SceneError
 from ringmoe_cli.scene.grid import Grid, Window
-from ringmoe_cli.scene.product import Rows
+from ringmoe_cli.scene.maps.product import Rows
+from ringmoe_cli.scene.maps.strips import Readable
 from ringmoe_cli.scene.scene import Scene
 from ringmoe_cli.scene.stitch import Lattice
-from ringmoe_cli.scene.strips import Readable
 
 TOLERATED = 1.5
 """Ratio of ground sampling distances up to which a model takes a scene as it is."""

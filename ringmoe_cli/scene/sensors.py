@@ -7,10 +7,10 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from ringmoe_cli.errors import SceneError
-from ringmoe_cli.scene import landsat, planet, sentinel1, sentinel2, stack
-from ringmoe_cli.scene.plain import Said as Said
-from ringmoe_cli.scene.plain import Unnamed, open_plain
-from ringmoe_cli.scene.product_files import ProductFiles, find_product
+from ringmoe_cli.scene.products import landsat, planet, sentinel1, sentinel2, stack
+from ringmoe_cli.scene.products.plain import Said as Said
+from ringmoe_cli.scene.products.plain import Unnamed, open_plain
+from ringmoe_cli.scene.products.product_files import ProductFiles, find_product
 from ringmoe_cli.scene.scene import Scene
 
 Reader = Callable[[ProductFiles, Said], list[Scene]]

@@ -14,9 +14,14 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from ringmoe_cli.scene.landcover import FIELD_SURFACES, Ground, make_ground, smooth_field
-from ringmoe_cli.scene.speckle import draw_scattering, multilook_amplitude, point_spread, quad_pol
-from ringmoe_cli.scene.spectra import BANDS, COVER_OF, COVERS, SURFACES
+from ringmoe_cli.scene.simulated.landcover import FIELD_SURFACES, Ground, make_ground, smooth_field
+from ringmoe_cli.scene.simulated.speckle import (
+    draw_scattering,
+    multilook_amplitude,
+    point_spread,
+    quad_pol,
+)
+from ringmoe_cli.scene.simulated.spectra import BANDS, COVER_OF, COVERS, SURFACES
 
 CRS = "EPSG:32632"
 ORIGIN = (500_000.0, 5_400_000.0)

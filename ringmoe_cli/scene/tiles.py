@@ -23,10 +23,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ringmoe_cli.errors import StoreError
-from ringmoe_cli.scene.chunks import ChunkedArray
 from ringmoe_cli.scene.grid import ControlPoint, Grid, Window
 from ringmoe_cli.scene.radiometry import to_physical
 from ringmoe_cli.scene.scene import Band, Scene
+from ringmoe_cli.scene.store.chunks import ChunkedArray
 
 SCHEMA = 1
 """Version of the layout above."""

@@ -19,12 +19,13 @@ import numpy as np
 
 from ringmoe_cli.cluster import Engine
 from ringmoe_cli.errors import LabelError, OutputExistsError, StoreError
-from ringmoe_cli.scene import layout
-from ringmoe_cli.scene.chunks import UNFINISHED
 from ringmoe_cli.scene.grid import Window
 from ringmoe_cli.scene.labels import LabelSource
 from ringmoe_cli.scene.raster import file_stamp, open_raster
-from ringmoe_cli.scene.regions import (
+from ringmoe_cli.scene.scene import Scene
+from ringmoe_cli.scene.store import layout
+from ringmoe_cli.scene.store.chunks import UNFINISHED
+from ringmoe_cli.scene.store.regions import (
     Region,
     Source,
     gdal_settings,
@@ -32,8 +33,7 @@ from ringmoe_cli.scene.regions import (
     stored_checksum,
     write_region,
 )
-from ringmoe_cli.scene.scene import Scene
-from ringmoe_cli.scene.statistics import Moments, channel_keys, summary
+from ringmoe_cli.scene.store.statistics import Moments, channel_keys, summary
 from ringmoe_cli.scene.tiles import LabelLayer, Store, open_store
 
 Line = dict[str, Any]

@@ -1,0 +1,204 @@
+"""What a network says about a scene: windows read, normalised, computed and blended at once.
+
+Everything that decides the bits is counted from the scene's origin (windows, batches, bands), so
+that a resumed or divided run does the same arithmetic as an undisturbed one.
+"""
+
+import time
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from typing import Protocol
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from model.batch import Batch, Prediction
+from ringmoe_cli.scene.maps.product import Rows
+from ringmoe_cli.scene.maps.strips import Normalised, SkipBad, Windows, window_batches
+from ringmoe_cli.scene.stitch import Lattice, Stitcher
+from ringmoe_cli.scene.store.ahead import ahead
+
+BATCH_PIXELS = 4 * 192 * 192
+"""Pixels per batch on a CPU: enough tokens per expert, and little memory."""
+GPU_BATCHES = 4
+"""Times as many on a GPU."""
+
+
+class Network(Protocol):
+    """What predicts windows: a `TaskNetwork`, or anything that answers like one."""
+
+    def predict(self, batch: Batch) -> Prediction:
+        """Something dense about every window."""
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What decides the bits of a map besides scene and model."""
+
+    window: int
+    """Side of a window in pixels."""
+    overlap: int
+    """Pixels shared by neighbours."""
+    batch: int
+    """Windows per batch."""
+    device: str = "cpu"
+    """Where the network is."""
+    flips: bool = False
+    """Average the answers to the four mirror images of each window."""
+    cell: int = 1
+    """Side in pixels of the squares that the network speaks about."""
+
+    @classmethod
+    def of(
+        cls,
+        window: int,
+        overlap: float | None = None,
+        batch: int | None = None,
+        device: str = "cpu",
+        flips: bool = False,
+    ) -> "Settings":
+        """Settings with their defaults: a quarter of overlap, batches of a fixed pixel count."""
+        pixels = BATCH_PIXELS * (GPU_BATCHES if device.startswith("cuda") else 1)
+        share = 0.25 if overlap is None else overlap
+        pixels_shared = round(share * window) if share < 1 else round(share)
+        return cls(window, pixels_shared, batch or max(1, pixels // window**2), device, flips)
+
+
+def predict_rows(
+    network: Network,
+    source: Normalised,
+    settings: Settings,
+    channels: int,
+    first: int = 0,
+    stop: int | None = None,
+    skip: SkipBad | None = None,
+    clock: "Clock | None" = None,
+) -> Iterator[Rows]:
+    """Blended rows of a scene, in order, while windows further down are read and computed.
+
+    Args:
+        network: called with batches of windows; its answer must be dense.
+        source: the scene.
+        settings: window, overlap, batch.
+        channels: K of the network's answer.
+        first: first row of windows to finish.
+        stop: one past the last; None means all.
+        skip: what to do about unreadable blocks.
+        clock: counts the time in the network.
+    """
+    lattice = lattice_of(source, settings)
+    stop = lattice.rows if stop is None else stop
+    skip, clock = skip or SkipBad(), clock or Clock()
+    windows = window_batches(source, lattice, settings.batch, first, stop, skip)
+    answers = ahead(forward(network, ahead(windows, 1), settings, clock), 1)
+    stitcher = Stitcher(lattice.shrunk(settings.cell), channels, first)
+    for some, dense in answers:
+        yield from blend(stitcher, some, dense, settings.cell)
+
+
+def lattice_of(source: Normalised, settings: Settings) -> Lattice:
+    """The windows of a scene."""
+    grid = source.grid
+    return Lattice(grid.height, grid.width, settings.window, settings.overlap)
+
+
+def blend(
+    stitcher: Stitcher, some: Windows, dense: NDArray[np.float32] | None, cell: int = 1
+) -> Iterator[Rows]:
+    """Add a batch of answers window by window; yield rows as they become complete."""
+    columns = stitcher.lattice.columns
+    answer = dict(zip(some.full, dense, strict=True)) if dense is not None else {}
+    for i, (row, column) in enumerate(some.places):
+        if i in answer:
+            stitcher.add(row, column, answer[i])
+        if column == columns - 1 and row in some.finished:
+            start = stitcher.lattice.finished(row)[0]
+            yield Rows(start, stitcher.finish(), any_in_cells(some.finished[row], cell))
+
+
+def any_in_cells(valid: NDArray[np.bool_], cell: int) -> NDArray[np.bool_]:
+    """Whether a square of `cell` pixels holds a valid one, (h, w) -> (ceil(h/cell), ...)."""
+    if cell == 1:
+        return valid
+    height, width = valid.shape
+    padded = np.pad(valid, ((0, -height % cell), (0, -width % cell)))
+    parts = padded.reshape(padded.shape[0] // cell, cell, padded.shape[1] // cell, cell)
+    return np.asarray(parts.any(axis=(1, 3)))
+
+
+def forward(
+    network: Network, batches: Iterable[Windows], settings: Settings, clock: "Clock"
+) -> Iterator[tuple[Windows, NDArray[np.float32] | None]]:
+    """Answers (b, K, window, window) to the full windows of each batch.
+
+    On a GPU the next batch is on its way before the previous answer is fetched.
+    """
+    ask = mirrored if settings.flips else plain
+    waiting: list[tuple[Windows, Tensor | None]] = []
+    for some in batches:
+        with clock, torch.inference_mode():
+            dense = ask(network, sent(some.batch, settings.device)) if some.batch else None
+            waiting.append((some, dense))
+            if len(waiting) > settings.device.startswith("cuda"):
+                done = waiting.pop(0)
+                got = fetched(done[1])
+            else:
+                continue
+        yield done[0], got
+    for some, late in waiting:
+        yield some, fetched(late)
+
+
+def plain(network: Network, batch: Batch) -> Tensor:
+    """The network's dense answer to a batch.
+
+    Raises:
+        ValueError: if it says nothing about pixels.
+    """
+    dense = network.predict(batch).dense
+    if dense is None:
+        raise ValueError("this model says nothing about single pixels; it cannot make a map")
+    return dense
+
+
+def mirrored(network: Network, batch: Batch) -> Tensor:
+    """Mean answer to the four mirror images of a batch, mirrored back."""
+    answers = []
+    for axes in ((), (-1,), (-2,), (-2, -1)):
+        images = {m: x.flip(axes) for m, x in batch.images.items()}
+        valid = {m: x.flip(axes) for m, x in batch.valid.items()}
+        flipped = Batch(images=images, valid=valid, channels=batch.channels)
+        answers.append(plain(network, flipped).flip(axes))
+    return torch.stack(answers).mean(0)
+
+
+def sent(batch: Batch, device: str) -> Batch:
+    """The batch on its device, through pinned memory if that is a GPU."""
+    if device == "cpu":
+        return batch
+    pinned = Batch(
+        images={m: x.pin_memory() for m, x in batch.images.items()},
+        valid={m: x.pin_memory() for m, x in batch.valid.items()},
+        channels=batch.channels,
+    )
+    return pinned.to(device)
+
+
+def fetched(dense: Tensor | None) -> NDArray[np.float32] | None:
+    """An answer in main memory."""
+    return None if dense is None else dense.float().cpu().numpy()
+
+
+class Clock:
+    """Adds up the time spent inside `with`."""
+
+    def __init__(self) -> None:
+        self.seconds = 0.0
+
+    def __enter__(self) -> None:
+        self.start = time.perf_counter()
+
+    def __exit__(self, *_: object) -> None:
+        self.seconds += time.perf_counter() - self.start

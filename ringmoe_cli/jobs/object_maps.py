@@ -1,0 +1,228 @@
+"""What is left on disk beside pixel maps: boxes, tracks, classes of tiles, changed regions."""
+
+import time
+from collections import Counter
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from model.association import track
+from model.boxes import Boxes
+from model.config import TaskConfig
+from model.tasks.network import TaskNetwork
+from ringmoe_cli import console
+from ringmoe_cli.jobs.answers import Settings, lattice_of, sent
+from ringmoe_cli.jobs.maps import Mapper, check_free, output_path
+from ringmoe_cli.jobs.objects import OVERLAP, boxes_of_clip, boxes_of_scene
+from ringmoe_cli.jobs.opening import SURE, Opener
+from ringmoe_cli.scene.grid import Window
+from ringmoe_cli.scene.maps.strips import Normalised, SkipBad, window_batches
+from ringmoe_cli.scene.maps.vectors import (
+    check_format,
+    write_boxes,
+    write_mot,
+    write_tiles,
+    write_tracks,
+)
+
+Work = Callable[[str], dict[str, Any]]
+SUFFIX = {"detection": ".geojson", "tracking": ".txt", "classification": ".geojson"}
+"""Task -> suffix of its output, unless the user says another."""
+
+
+def work_of(mapper: Mapper) -> Work:
+    """What a model does with a scene: a map, or for its task boxes or classes of tiles."""
+    if mapper.task.name in ("detection", "classification"):
+        return lambda path: list_scene(mapper, path)
+    return mapper.map_scene
+
+
+def list_scene(mapper: Mapper, path: str) -> dict[str, Any]:
+    """Write the boxes, or the classes of the tiles, of one scene.
+
+    Raises:
+        RingmoeError: if the scene cannot be read or the output not be written.
+    """
+    opener = Opener(mapper.config, mapper.task.modalities, mapper.wish)
+    source = opener.open(path)
+    output = free_output(mapper, path, source)
+    fitted = opener.at_model_resolution(source, path)
+    network = mapper.network
+    assert isinstance(network, TaskNetwork)
+    try:
+        if mapper.task.name == "classification":
+            done = write_scene_tiles(network, source, fitted, output, mapper.settings)
+        else:
+            settings = with_overlap(mapper.settings)
+            done = write_objects(
+                network, source, fitted, output, settings,
+                sure=mapper.wish.sure, skip_bad=mapper.wish.skip_bad,
+            )  # fmt: skip
+    finally:
+        close(source)
+    return {"scene": path, **done}
+
+
+def list_clip(mapper: Mapper, paths: Sequence[str]) -> dict[str, Any]:
+    """Write the tracks through the frames of one clip, given in order.
+
+    Raises:
+        RingmoeError: if a frame cannot be read, or they differ in size.
+    """
+    opener = Opener(mapper.config, mapper.task.modalities, mapper.wish)
+    frames = [opener.open(p) for p in paths]
+    output = free_output(mapper, paths[0], frames[0])
+    check_free({"lines": output.with_suffix(".geojson")}, mapper.wish.overwrite)
+    network = mapper.network
+    assert isinstance(network, TaskNetwork)
+    try:
+        done = write_clip(network, frames, output, with_overlap(mapper.settings))
+    finally:
+        for frame in frames:
+            close(frame)
+    return {"scene": paths[0], **done}
+
+
+def free_output(mapper: Mapper, path: str, source: Normalised) -> Path:
+    """Where the result of a scene goes; nothing is in its way."""
+    name = next(iter(source.dates[-1].values())).scene.name
+    task, wish = mapper.task.name, mapper.wish
+    output = output_path(path, name, task, wish.output, SUFFIX[task])
+    if task != "tracking":
+        check_format(output)
+    check_free({task: output}, wish.overwrite)
+    return output
+
+
+def with_overlap(settings: Settings) -> Settings:
+    """The same settings with at least the overlap that objects need."""
+    return replace(settings, overlap=max(settings.overlap, round(OVERLAP * settings.window)))
+
+
+def close(source: Normalised) -> None:
+    """Close the files of a scene."""
+    for date in source.dates:
+        for reader in date.values():
+            reader.close()  # type: ignore[attr-defined]
+
+
+def write_objects(
+    network: TaskNetwork,
+    source: Normalised,
+    fitted: Normalised,
+    output: Path,
+    settings: Settings,
+    *,
+    sure: float = SURE,
+    skip_bad: bool = False,
+) -> dict[str, Any]:
+    """Find the objects of a scene and write them as polygons.
+
+    Args:
+        network: of a detection task, in eval mode.
+        source: the scene on its own grid.
+        fitted: the scene as the model wants it, perhaps resampled.
+        output: .geojson, .parquet or .gpkg.
+        settings: window, overlap, batch, device.
+        sure: least confidence of a box.
+        skip_bad: leave unreadable places out.
+
+    Returns:
+        Output, objects per class, seconds: for `--json`.
+    """
+    start, skip = time.perf_counter(), SkipBad(skip_bad)
+    boxes = boxes_of_scene(network, fitted, settings, skip)[-1]
+    boxes = on_own_grid(boxes[boxes.scores >= sure], source, fitted)
+    write_boxes(output, boxes, source.grid, network.task.classes)
+    return {
+        "output": str(output),
+        "task": network.task.name,
+        "objects": counts(boxes, network.task),
+        **({"skipped": skip.skipped} if skip.skipped else {}),
+        "seconds": round(time.perf_counter() - start, 3),
+    }
+
+
+def on_own_grid(boxes: Boxes, source: Normalised, fitted: Normalised) -> Boxes:
+    """Boxes of a resampled scene in the pixels of the original."""
+    return boxes.scaled(source.grid.width / fitted.grid.width)
+
+
+def counts(boxes: Boxes, task: TaskConfig) -> dict[str, int]:
+    """Objects of each class."""
+    found = Counter(boxes.labels.tolist())
+    return {name: found[k] for k, name in enumerate(task.classes)}
+
+
+def write_clip(
+    network: TaskNetwork, frames: Sequence[Normalised], output: Path, settings: Settings
+) -> dict[str, Any]:
+    """Track through the frames of a clip; write MOT text, and the tracks as lines beside it.
+
+    Args:
+        network: of a tracking task, in eval mode.
+        frames: in order, all on one grid.
+        output: .txt; the lines go to the same name with .geojson.
+        settings: window, overlap, batch, device.
+
+    Returns:
+        Outputs, tracks per class, seconds: for `--json`.
+    """
+    start = time.perf_counter()
+    found = dict(enumerate(track(boxes_of_clip(network, frames, settings)), 1))
+    lines = output.with_suffix(".geojson")
+    write_mot(output, found)
+    write_tracks(lines, found, frames[0].grid, network.task.classes)
+    everyone = Boxes.cat(list(found.values()))
+    labels = dict(zip(everyone.tracks.tolist(), everyone.labels.tolist(), strict=True))
+    per_class = Counter(labels.values())
+    return {
+        "output": str(output),
+        "lines": str(lines),
+        "task": network.task.name,
+        "frames": len(frames),
+        "tracks": {name: per_class[k] for k, name in enumerate(network.task.classes)},
+        "seconds": round(time.perf_counter() - start, 3),
+    }
+
+
+def write_scene_tiles(
+    network: TaskNetwork, source: Normalised, fitted: Normalised, output: Path, settings: Settings
+) -> dict[str, Any]:
+    """Classify a scene tile by tile; write the tiles as polygons with their probabilities.
+
+    Tiles do not overlap; those without a valid pixel are left out.
+
+    Returns:
+        Output, tiles per class, seconds: for `--json`.
+    """
+    start = time.perf_counter()
+    lattice = lattice_of(fitted, replace(settings, overlap=0))
+    windows: list[Window] = []
+    scores = []
+    side = lattice.window
+    with console.progress(lattice.rows * lattice.columns, "classify", "tiles") as advance:
+        for some in window_batches(fitted, lattice, settings.batch, 0, lattice.rows, SkipBad()):
+            advance(len(some.places))
+            if some.batch is None:
+                continue
+            with torch.inference_mode():
+                answer = network.predict(sent(some.batch, settings.device)).scores
+            assert answer is not None
+            scores.append(answer.float().cpu().numpy())
+            places = [some.places[i] for i in some.full]
+            windows += [Window(r * side, c * side, side, side) for r, c in places]
+    classes = network.task.classes
+    table = np.concatenate(scores) if scores else np.zeros((0, len(classes)), np.float32)
+    write_tiles(output, windows, table, fitted.grid, classes)
+    found = Counter(table.argmax(1).tolist())
+    return {
+        "output": str(output),
+        "task": network.task.name,
+        "tiles": {name: found[k] for k, name in enumerate(classes)},
+        "seconds": round(time.perf_counter() - start, 3),
+    }

@@ -1,0 +1,1 @@
+"""Inside a map: windows in, rows out, parts that survive, vectors."""

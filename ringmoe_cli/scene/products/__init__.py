@@ -1,0 +1,1 @@
+"""The file layouts of satellite products: each becomes a `Scene`."""

@@ -1,0 +1,1 @@
+"""What the simulated scene is made of, and what a map of it has to beat."""

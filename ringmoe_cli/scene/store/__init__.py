@@ -1,0 +1,1 @@
+"""Inside the tile store: layout on disk, chunks, regions, statistics, training chips."""
