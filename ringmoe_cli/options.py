@@ -5,6 +5,9 @@ from typing import Annotated
 
 import typer
 
+Scenes = Annotated[
+    list[str], typer.Argument(help="Rasters or product folders; - reads a list from stdin.")
+]
 Output = Annotated[
     Path | None, typer.Option("--output", "-o", help="Where the result goes.", show_default=False)
 ]

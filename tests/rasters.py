@@ -55,3 +55,21 @@ def noise(bands: int, height: int, width: int, dtype: str = "uint16", seed: int 
     rng = np.random.default_rng(seed)
     top = 200 if np.dtype(dtype).itemsize == 1 else 3000
     return rng.integers(1, top, (bands, height, width)).astype(dtype)
+
+
+def write_calibrated(path: Path) -> Path:
+    """Four named bands with scale, offset, holes and nodata 0, in blocks of 64."""
+    values = noise(4, 300, 350)
+    values[:, 100:180, 40:90] = 0
+    values[1, 5, 5] = 0
+    return write_raster(
+        path,
+        values,
+        names=("blue", "green", "red", "nir"),
+        nodata=0,
+        tiled=True,
+        blockxsize=64,
+        blockysize=64,
+        scales=(1e-4,) * 4,
+        offsets=(-0.1,) * 4,
+    )

@@ -3,34 +3,17 @@
 import json
 
 import pytest
-from rasters import noise, write_raster
+from rasters import noise, write_calibrated, write_raster
 from typer.testing import CliRunner
 
 from ringmoe_cli.app import app
 from ringmoe_cli.errors import RingmoeError
 from ringmoe_cli.scene.sensors import open_scene
 
-NAMES = ("blue", "green", "red", "nir")
-
 
 @pytest.fixture
 def scene(tmp_path):
-    values = noise(4, 300, 350)
-    values[:, 100:180, 40:90] = 0
-    values[1, 5, 5] = 0
-    return open_scene(
-        write_raster(
-            tmp_path / "scene.tif",
-            values,
-            names=NAMES,
-            nodata=0,
-            tiled=True,
-            blockxsize=64,
-            blockysize=64,
-            scales=(1e-4,) * 4,
-            offsets=(-0.1,) * 4,
-        )
-    )
+    return open_scene(write_calibrated(tmp_path / "scene.tif"))
 
 
 def ringmoe(*arguments, stdin=""):

@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from rasters import noise, write_raster
+from rasters import noise, write_calibrated, write_raster
 
 from ringmoe_cli.cluster import Engine, parse_slurm
 from ringmoe_cli.errors import BadBlockError, OutputExistsError, RingmoeError, StoreError
@@ -30,22 +30,7 @@ NAMES = ("blue", "green", "red", "nir")
 
 @pytest.fixture
 def scene(tmp_path):
-    values = noise(4, 300, 350)
-    values[:, 100:180, 40:90] = 0
-    values[1, 5, 5] = 0
-    return open_scene(
-        write_raster(
-            tmp_path / "scene.tif",
-            values,
-            names=NAMES,
-            nodata=0,
-            tiled=True,
-            blockxsize=64,
-            blockysize=64,
-            scales=(1e-4,) * 4,
-            offsets=(-0.1,) * 4,
-        )
-    )
+    return open_scene(write_calibrated(tmp_path / "scene.tif"))
 
 
 def contents(folder: Path) -> dict[str, bytes]:

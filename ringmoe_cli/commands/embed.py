@@ -16,14 +16,12 @@ from ringmoe_cli.options import (
     Output,
     Overwrite,
     Quiet,
+    Scenes,
 )
 
 
 def embed(
-    scenes: Annotated[
-        list[str],
-        typer.Argument(help="Rasters or product folders; - reads a list from stdin."),
-    ],
+    scenes: Scenes,
     model: Model = None,
     output: Output = None,
     overwrite: Overwrite = False,

@@ -17,14 +17,12 @@ from ringmoe_cli.options import (  # fmt: skip
     Output,
     Overwrite,
     Quiet,
+    Scenes,
 )
 
 
 def predict(
-    scenes: Annotated[
-        list[str],
-        typer.Argument(help="Rasters or product folders; - reads a list from stdin."),
-    ],
+    scenes: Scenes,
     model: Model = None,
     output: Output = None,
     overwrite: Overwrite = False,

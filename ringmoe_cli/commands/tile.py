@@ -5,13 +5,11 @@ from typing import Annotated
 import typer
 
 from ringmoe_cli import console
-from ringmoe_cli.options import AllowRemote, Bands, Json, ModalityName, Output, Overwrite
+from ringmoe_cli.options import AllowRemote, Bands, Json, ModalityName, Output, Overwrite, Scenes
 
 
 def tile(
-    scenes: Annotated[
-        list[str], typer.Argument(help="Rasters or product folders; - reads a list from stdin.")
-    ],
+    scenes: Scenes,
     output: Output = None,
     modality: ModalityName = None,
     bands: Bands = None,
