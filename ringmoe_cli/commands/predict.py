@@ -63,6 +63,12 @@ def predict(
     mask: Annotated[
         str | None, typer.Option(help="Pixels to leave out: FILE or BAND (not 0), FILE=3,8,9.")
     ] = None,
+    warp: Annotated[
+        str | None, typer.Option(help="Coordinate system of the maps: EPSG:32630, WKT, PROJ.")
+    ] = None,
+    dem: Annotated[
+        Path | None, typer.Option(help="Heights for --warp of scenes placed by RPCs.")
+    ] = None,
     skip_bad: Annotated[
         bool, typer.Option("--skip-bad", help="Unreadable blocks become nodata, with a warning.")
     ] = False,
@@ -104,10 +110,13 @@ def predict(
         )
     if tta not in ("none", "flips"):
         raise typer.BadParameter(f"--tta {tta}: say flips or none")
+    if dem and not warp:
+        raise typer.BadParameter("--dem belongs to --warp")
     console.State.quiet = quiet
     from ringmoe_cli.jobs import crew, maps, object_maps
     from ringmoe_cli.jobs.opening import Wish
     from ringmoe_cli.scene import pipes
+    from ringmoe_cli.scene.maps.warp import Warp
     from ringmoe_cli.scene.writer import parse_options
 
     wish = Wish(
@@ -116,6 +125,7 @@ def predict(
         bands=tuple(bands.split(",")) if bands else None, scale=scale,
         allow_remote=allow_remote, skip_bad=skip_bad, beside=tuple(beside or ()), before=before,
         gsd=gsd, mask=mask, no_resample=no_resample, sure=score,
+        warp=Warp(warp, dem) if warp else None,
     )  # fmt: skip
     order = crew.Order(Path(model), wish, device, window, overlap, batch, tta == "flips", stream)
     paths = list(maps.scene_list(scenes))

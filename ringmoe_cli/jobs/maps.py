@@ -70,7 +70,9 @@ class Mapper:
         outputs = self.outputs(path, job.own, job.product)
         check_free(outputs, self.wish.overwrite)
         about = {"model": self.identity, "scenes": about_scenes(job.own)}
-        report = predict_scene(job, outputs, about=about, options=self.wish.options, crew=crew)
+        report = predict_scene(
+            job, outputs, about=about, options=self.wish.options, warp=self.wish.warp, crew=crew
+        )
         job.close()
         said = summary(path, job.own, self.task, report)
         if self.task.name == "change":

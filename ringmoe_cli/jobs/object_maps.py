@@ -15,6 +15,7 @@ from model.boxes import Boxes
 from model.config import TaskConfig
 from model.tasks.network import TaskNetwork
 from ringmoe_cli import console
+from ringmoe_cli.errors import RingmoeError
 from ringmoe_cli.jobs.answers import Settings, lattice_of, sent
 from ringmoe_cli.jobs.maps import Mapper, check_free, output_path
 from ringmoe_cli.jobs.objects import OVERLAP, boxes_of_clip, boxes_of_scene
@@ -94,6 +95,8 @@ def free_output(mapper: Mapper, path: str, source: Normalised) -> Path:
     output = output_path(path, name, task, wish.output, SUFFIX[task])
     if task != "tracking":
         check_format(output)
+    if wish.warp:
+        raise RingmoeError("--warp moves pixel maps; polygons lie on the ground already")
     check_free({task: output}, wish.overwrite)
     return output
 

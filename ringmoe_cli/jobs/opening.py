@@ -9,6 +9,7 @@ from ringmoe_cli import console
 from ringmoe_cli.errors import SceneError
 from ringmoe_cli.jobs.summary import identity_of
 from ringmoe_cli.scene.maps.strips import Normalised, Readable
+from ringmoe_cli.scene.maps.warp import Warp
 from ringmoe_cli.scene.masks import masked
 from ringmoe_cli.scene.reader import SceneReader
 from ringmoe_cli.scene.resample import Resampled, model_size
@@ -53,6 +54,8 @@ class Wish:
     """The earlier date, for change models."""
     sure: float = SURE
     """Least confidence of a box that is written."""
+    warp: Warp | None = None
+    """Where maps shall lie, if not on their scenes' grids."""
 
 
 @dataclass(frozen=True)

@@ -17,9 +17,10 @@ from ringmoe_cli.scene.grid import Grid, Window
 from ringmoe_cli.scene.maps.part import Part
 from ringmoe_cli.scene.maps.product import Encoded, Product, Rows
 from ringmoe_cli.scene.maps.strips import Normalised, SkipBad
+from ringmoe_cli.scene.maps.warp import Warp, WarpedWriter
 from ringmoe_cli.scene.resample import Bands
 from ringmoe_cli.scene.stitch import Lattice
-from ringmoe_cli.scene.writer import MapWriter
+from ringmoe_cli.scene.writer import Layer, MapWriter
 
 T = TypeVar("T")
 RUN = 8
@@ -121,6 +122,7 @@ def predict_scene(
     *,
     about: Mapping[str, Any] | None = None,
     options: Mapping[str, str] | None = None,
+    warp: Warp | None = None,
     finish: Callable[[Report], None] | None = None,
     crew: Crew | None = None,
 ) -> Report:
@@ -131,6 +133,7 @@ def predict_scene(
         outputs: layer -> file; the first one's name is also that of the work in progress.
         about: what identifies scene and model, besides the settings.
         options: creation options of the COG driver.
+        warp: where the maps shall lie; None: on the scene's grid.
         finish: writes what is no map, from the report, before the work in progress is dropped.
         crew: other processes that compute the bands; None: this one does.
 
@@ -147,7 +150,7 @@ def predict_scene(
         done = rows if crew else finished_rows(part, bands)
         report.resumed_rows = bands.of(done - 1)[1] if done and not crew else 0
         whole = saved(part, bands, done, job.encoded(done, rows, skip, clock))
-        with maps(outputs, job.product, bands.grid, part.folder, options) as writers:
+        with maps(outputs, job.product, bands.grid, part.folder, options, warp) as writers:
             for row, band in watched(whole, bands.lattice, done):
                 write_band(writers, report, row, band)
         if finish:
@@ -220,15 +223,17 @@ def maps(
     grid: Grid,
     work: Path,
     options: Mapping[str, str] | None,
+    warp: Warp | None,
 ) -> Iterator[dict[str, MapWriter]]:
     """A writer per layer; all appear when all are whole."""
+
+    def writer(layer: Layer) -> MapWriter:
+        if warp:
+            return WarpedWriter(outputs[layer.name], layer, grid, work, options, warp)
+        return MapWriter(outputs[layer.name], layer, grid, work, options)
+
     with ExitStack() as stack:
-        yield {
-            layer.name: stack.enter_context(
-                MapWriter(outputs[layer.name], layer, grid, work, options)
-            )
-            for layer in product.layers
-        }
+        yield {layer.name: stack.enter_context(writer(layer)) for layer in product.layers}
 
 
 def write_band(writers: Mapping[str, MapWriter], report: Report, row: int, band: Encoded) -> None:

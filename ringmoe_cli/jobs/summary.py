@@ -7,7 +7,7 @@ import numpy as np
 
 from model.config import TaskConfig
 from ringmoe_cli.jobs.prediction import Report
-from ringmoe_cli.scene.areas import Areas
+from ringmoe_cli.scene.areas import Areas, areas_of_map
 from ringmoe_cli.scene.maps.product import CELL
 from ringmoe_cli.scene.maps.strips import Normalised
 from ringmoe_cli.scene.scene import Scene
@@ -31,7 +31,7 @@ def summary(path: str, source: Normalised, task: TaskConfig, report: Report) -> 
 def class_summary(source: Normalised, task: TaskConfig, report: Report) -> dict[str, Any]:
     """Pixels, share and geodesic area of each class, and the mean confidence."""
     counts = np.array([sums["counts"].sum(0) for _, _, sums in report.sums]).sum(0)
-    area = class_areas(source, report)
+    area = class_areas(source, report, len(task.classes))
     total = int(counts.sum())
     confidence = sum(float(sums["confidence"][0]) for _, _, sums in report.sums)
     classes = {
@@ -47,12 +47,12 @@ def class_summary(source: Normalised, task: TaskConfig, report: Report) -> dict[
     }
 
 
-def class_areas(source: Normalised, report: Report) -> Any:
-    """Geodesic area of each class in m²; None where the scene lies nowhere known."""
+def class_areas(source: Normalised, report: Report, classes: int) -> Any:
+    """Geodesic area of each class in m²; None where neither scene nor map has a transform."""
     try:
         areas = Areas(source.grid)
     except ValueError:
-        return None
+        return areas_of_map(report.outputs["classes"], classes, CELL)
     return sum(
         areas.of_pixels(row, height, CELL) @ sums["counts"] for row, height, sums in report.sums
     )

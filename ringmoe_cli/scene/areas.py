@@ -1,5 +1,6 @@
 """Areas on the ellipsoid: what a pixel count is in square metres."""
 
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -46,3 +47,23 @@ class Areas:
         lon, lat = self.to_degrees.transform(*self.grid.xy(rows, cols))
         area, _ = self.geod.polygon_area_perimeter(lon, lat)
         return float(abs(area)) / (height * width)
+
+
+def areas_of_map(path: Path, classes: int, cell: int) -> NDArray[np.float64] | None:
+    """Geodesic area in m² of each class of a class map on disk; None if it lies nowhere known."""
+    import rasterio
+
+    from ringmoe_cli.scene.maps.product import counts_in_cells
+    from ringmoe_cli.scene.raster import grid_of
+
+    total = np.zeros(classes)
+    with rasterio.open(path) as source:
+        try:
+            areas = Areas(grid_of(source))
+        except ValueError:
+            return None
+        for top in range(0, source.height, cell):
+            height = min(cell, source.height - top)
+            rows = source.read(1, window=((top, top + height), (0, source.width)))
+            total += areas.of_pixels(top, height, cell) @ counts_in_cells(rows, classes, cell)
+    return total

@@ -116,6 +116,7 @@ class MapWriter:
         self.options = dict(options or {})
         self.rows_file = work / f"{layer.name}.rows.tif"
         self.cog_file = work / f"{layer.name}.cog.tif"
+        self.temporary: tuple[Path, ...] = (self.rows_file, self.cog_file)
         self.row = 0
 
     def __enter__(self) -> Self:
@@ -140,7 +141,7 @@ class MapWriter:
                 with suppress(RasterioError, OSError):
                     self.dataset.close()
         finally:
-            for file in (self.rows_file, self.cog_file):
+            for file in self.temporary:
                 file.unlink(missing_ok=True)
                 sidecar(file).unlink(missing_ok=True)
 
@@ -151,16 +152,24 @@ class MapWriter:
             self.dataset.close()
         if self.row != self.grid.height:
             raise RingmoeError(f"{self.path}: {self.row} of {self.grid.height} rows were written")
-        if self.layer.classes:
-            sidecar(self.rows_file).write_text(category_names(self.layer.classes))
         with failures_named(self.cog_file):
-            options = cog_options(self.layer, self.options)
-            rasterio.shutil.copy(self.rows_file, self.cog_file, driver="COG", **options)
-            check_whole(self.cog_file)
-            sync(self.cog_file)
+            copy_to_cog(self.ready(), self.cog_file, self.layer, self.options)
         if sidecar(self.cog_file).exists():
             sidecar(self.cog_file).replace(sidecar(self.path))
         self.cog_file.replace(self.path)
+
+    def ready(self) -> Path:
+        """The file that the COG is a copy of."""
+        return self.rows_file
+
+
+def copy_to_cog(rows: Path, cog: Path, layer: Layer, options: Mapping[str, str]) -> None:
+    """Copy a finished GeoTIFF of a layer to a COG and check that it is whole and on disk."""
+    if layer.classes:
+        sidecar(rows).write_text(category_names(layer.classes))
+    rasterio.shutil.copy(rows, cog, driver="COG", **cog_options(layer, options))
+    check_whole(cog)
+    sync(cog)
 
 
 def open_rows(path: Path, layer: Layer, grid: Grid) -> Any:

@@ -171,10 +171,10 @@ def most_probable(
     return classes, best
 
 
-def counts_in_cells(classes: NDArray[np.uint8], count: int) -> NDArray[np.int64]:
-    """Pixels per class in cells `CELL` wide and as high as these rows, (cells, count)."""
+def counts_in_cells(classes: NDArray[np.uint8], count: int, cell: int = CELL) -> NDArray[np.int64]:
+    """Pixels per class in cells `cell` wide and as high as these rows, (cells, count)."""
     width = classes.shape[1]
-    cells = [classes[:, at : at + CELL] for at in range(0, width, CELL)]
+    cells = [classes[:, at : at + cell] for at in range(0, width, cell)]
     return np.stack([np.bincount(c.ravel(), minlength=256)[:count] for c in cells])
 
 
