@@ -77,16 +77,22 @@ class SceneReader:
         return counts.astype(scene.dtype, copy=False), valid
 
     def _counts(self, window: Window) -> NDArray[Any]:
-        """What the files hold: bands of one file are read together."""
-        parts: list[NDArray[Any]] = []
+        """What the files hold: bands of one file are read together, unmeasured ones are zero."""
+        parts: list[tuple[int, NDArray[Any]]] = []
+        at = 0
         for (path, zoom), group in groupby(self.scene.bands, key=lambda b: (b.path, b.zoom)):
             bands = list(group)
             if path:
-                parts.append(self._read_file(path, zoom, [b.index for b in bands], window))
-            else:
-                shape = (len(bands), window.height, window.width)
-                parts.append(np.zeros(shape, self.scene.dtype))
-        return parts[0] if len(parts) == 1 else np.concatenate(parts)
+                read = self._read_file(path, zoom, [b.index for b in bands], window)
+                parts.append((at, read))
+            at += len(bands)
+        if len(parts) == 1 and len(parts[0][1]) == at:
+            return parts[0][1]
+        shape = (at, window.height, window.width)
+        whole = np.zeros(shape, np.result_type(*(p for _, p in parts)))  # zeros take no memory
+        for start, read in parts:
+            whole[start : start + len(read)] = read
+        return whole
 
     def _read_file(self, path: str, zoom: int, indexes: list[int], window: Window) -> NDArray[Any]:
         """Some bands of one file on the scene's grid; coarser pixels are repeated, not blended."""
@@ -130,11 +136,12 @@ class SceneReader:
     def _calibrated(self, counts: NDArray[Any], window: Window) -> NDArray[Any]:
         rows = np.arange(window.row, window.row + window.height)
         cols = np.arange(window.col, window.col + window.width)
-        done = [
-            calibrate(values, b.calibration, rows, cols) if b.calibration else values
-            for values, b in zip(counts, self.scene.bands, strict=True)
-        ]
-        return np.stack(done)
+        done = np.zeros(counts.shape, self.scene.dtype)
+        for i, band in enumerate(self.scene.bands):
+            if band.measured:
+                table = band.calibration
+                done[i] = calibrate(counts[i], table, rows, cols) if table else counts[i]
+        return done
 
     def _dataset(self, path: str) -> Any:
         """This thread's handle of a file."""

@@ -24,13 +24,12 @@ from ringmoe_cli.scene.labels import LabelSource
 from ringmoe_cli.scene.raster import file_stamp, open_raster
 from ringmoe_cli.scene.scene import Scene
 from ringmoe_cli.scene.store import layout
-from ringmoe_cli.scene.store.chunks import UNFINISHED
 from ringmoe_cli.scene.store.regions import (
     Region,
     Source,
     gdal_settings,
     region_windows,
-    stored_checksum,
+    stored_checksums,
     write_region,
 )
 from ringmoe_cli.scene.store.statistics import Moments, channel_keys, summary
@@ -244,8 +243,8 @@ def finished_lines(part: Path, regions: Sequence[Region]) -> dict[Any, Line]:
 def intact(region: Region, line: Line) -> bool:
     """Whether the store still holds what the manifest says."""
     try:
-        return bool(stored_checksum(region) == line["checksum"])
-    except (RuntimeError, ValueError, OSError):  # a chunk that cannot be decoded
+        return bool(stored_checksums(region) == line["checksums"])
+    except OSError:
         return False
 
 
@@ -265,8 +264,7 @@ def run(part: Path, regions: Sequence[Region], engine: Engine) -> Iterator[Line]
         manifest.write("\n")  # after a line that a kill has cut off
         for line in engine.run(write_region, regions):
             manifest.write(json.dumps(line) + "\n")
-            manifest.flush()
-            os.fsync(manifest.fileno())
+            manifest.flush()  # no sync: after a power cut the checksums tell what is really there
             yield line
 
 
@@ -294,7 +292,7 @@ def finish(part: Path, sources: Sequence[Source], lines: Sequence[Line], min_val
             min_valid,
         )
     layout.finish_store(part, [s.folder.name for s in sources])
-    for leftover in part.rglob(f"*{UNFINISHED}"):
+    for leftover in part.rglob("*.partial"):  # zarr's unfinished files, if it was killed
         leftover.unlink()
     write_synced(part / MANIFEST, "".join(json.dumps(x) + "\n" for x in lines))
     (part / INPUTS).unlink()

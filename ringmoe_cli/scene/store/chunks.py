@@ -6,8 +6,10 @@ few of them and zarr's machinery costs several times their decoding. The tests c
 
 import os
 import threading
+import zlib
 from collections import OrderedDict
-from collections.abc import Hashable
+from collections.abc import Hashable, Iterator
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, Self
 
@@ -16,10 +18,6 @@ from numpy.typing import NDArray
 
 CACHE_BYTES = 128 * 2**20
 """Decoded chunks kept per process, whatever the number of arrays: enough for runs of neighbours."""
-
-
-UNFINISHED = ".part"
-"""Ending of files that a killed writer may leave behind."""
 
 
 class ChunkCache:
@@ -95,16 +93,38 @@ class ChunkedArray:
             self.cache.put(key, values)
         return values
 
-    def write(self, row: int, col: int, values: NDArray[Any]) -> None:
-        """Write a window that begins at a chunk's corner and ends at one or at the array's edge."""
+    def write(self, row: int, col: int, values: NDArray[Any]) -> int:
+        """Write a window that begins at a chunk's corner and ends at one or at the array's edge.
+
+        Returns:
+            Checksum of the bytes that are now in its chunk files, see `checksum`.
+        """
+        check = 0
+        for i, j, top, left in self._chunks(row, col, *values.shape[-2:]):
+            tall, wide = self.chunks[-2:]
+            data = self._encode(values[..., top : top + tall, left : left + wide])
+            overwrite(self._path(i, j), data)
+            check = zlib.crc32(data, check)
+        return check
+
+    def checksum(self, row: int, col: int, height: int, width: int) -> int:
+        """CRC-32 of the chunk files of a window, one after the other, as they are on disk."""
+        check = 0
+        for i, j, _, _ in self._chunks(row, col, height, width):
+            with suppress(FileNotFoundError):
+                check = zlib.crc32(self._path(i, j).read_bytes(), check)
+        return check
+
+    def _chunks(
+        self, row: int, col: int, height: int, width: int
+    ) -> Iterator[tuple[int, int, int, int]]:
+        """Indexes of a window's chunks, and where in the window each begins."""
         tall, wide = self.chunks[-2:]
-        height, width = values.shape[-2:]
         assert row % tall == 0, "windows begin at a chunk"
         assert col % wide == 0, "windows begin at a chunk"
         for top in range(0, height, tall):
             for left in range(0, width, wide):
-                block = values[..., top : top + tall, left : left + wide]
-                self._encode((row + top) // tall, (col + left) // wide, block)
+                yield (row + top) // tall, (col + left) // wide, top, left
 
     def _path(self, i: int, j: int) -> Path:
         return self.folder / ".".join(filter(None, (self._lead, str(i), str(j))))
@@ -116,17 +136,14 @@ class ChunkedArray:
             return np.full(self.chunks, self.fill, self.dtype)
         return np.frombuffer(self.codec.decode(data), self.dtype).reshape(self.chunks)
 
-    def _encode(self, i: int, j: int, block: NDArray[Any]) -> None:
+    def _encode(self, block: NDArray[Any]) -> bytes:
         """Whole chunks on disk: the part beyond the array's edge holds the fill value."""
         if block.shape != self.chunks:
             whole = np.full(self.chunks, self.fill, self.dtype)
             whole[..., : block.shape[-2], : block.shape[-1]] = block
         else:
             whole = np.ascontiguousarray(block, self.dtype)
-        path = self._path(i, j)
-        unfinished = path.with_name(f"{path.name}.{os.getpid()}{UNFINISHED}")
-        unfinished.write_bytes(self.codec.encode(whole))
-        unfinished.replace(path)
+        return bytes(self.codec.encode(whole))
 
     def __getstate__(self) -> dict[str, Any]:
         return {k: v for k, v in self.__dict__.items() if k != "cache"}
@@ -138,6 +155,23 @@ class ChunkedArray:
     def of(cls, folder: str | os.PathLike[str], name: str) -> Self:
         """The array of this name in a group's folder."""
         return cls(Path(folder) / name)
+
+
+def overwrite(path: Path, data: bytes) -> None:
+    """Make a file hold these bytes without emptying it first.
+
+    Two workers may write the same chunk, one of them given up for lost: their bytes are equal, so
+    the file is whole as soon as one of them is done, whenever the other is killed.
+    """
+    file = os.open(path, os.O_WRONLY | os.O_CREAT, 0o666)
+    try:
+        written = os.write(file, data)
+        while written < len(data):
+            written += os.write(file, data[written:])
+        if os.fstat(file).st_size > written:
+            os.ftruncate(file, written)
+    finally:
+        os.close(file)
 
 
 def file_time(path: Path) -> int:

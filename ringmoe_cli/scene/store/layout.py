@@ -13,6 +13,10 @@ from ringmoe_cli.scene.grid import Grid
 from ringmoe_cli.scene.scene import Scene
 from ringmoe_cli.scene.tiles import SCHEMA, LabelLayer, scene_to_dict
 
+VALID_RUN = 4
+"""Chunks of the image, side by side, that share a chunk of the mask: it is mostly constant, and
+files cost more to create than to fill."""
+
 
 def codec() -> Any:
     """How chunks are compressed: see benchmarks/codecs.md for the choice."""
@@ -34,7 +38,7 @@ def create_scene(folder: Path, scene: Scene, tile: int, layers: Mapping[str, Lab
     image = add(group, "image", ("band", *plane), (len(scene.bands), *shape), scene.dtype,
                 (len(scene.bands), *chunk), fill=common_nodata(scene))  # fmt: skip
     image.attrs.update({**place, "long_name": list(scene.band_names)})
-    add(group, "valid", plane, shape, "uint8", chunk).attrs.update(place)
+    add(group, "valid", plane, shape, "uint8", (tile, tile * VALID_RUN)).attrs.update(place)
     tiles = (-(-grid.height // tile), -(-grid.width // tile))
     add(group, "windows", ("tile_y", "tile_x"), tiles, "float32", tiles)
     for layer in layers.values():

@@ -3,7 +3,6 @@
 import math
 import os
 import threading
-import zlib
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from functools import lru_cache
@@ -19,6 +18,7 @@ from ringmoe_cli.scene.labels import LabelSource
 from ringmoe_cli.scene.reader import SceneReader
 from ringmoe_cli.scene.scene import Scene
 from ringmoe_cli.scene.store.chunks import ChunkedArray
+from ringmoe_cli.scene.store.layout import VALID_RUN
 from ringmoe_cli.scene.store.statistics import region_moments
 
 REGION_BYTES = 16 * 2**20
@@ -82,12 +82,15 @@ def region_windows(grid: Grid, tile: int, pixel_bytes: int, block: tuple[int, in
         block: rows and columns of a block of the file.
     """
     pixels = REGION_BYTES // pixel_bytes
+    run = tile * VALID_RUN
     if block[1] >= grid.width:
-        width = -(-grid.width // tile) * tile
+        width = -(-grid.width // run) * run
         height = max(1, pixels // (width * tile)) * tile
     else:
-        units = [math.lcm(tile, side) for side in block]
-        down, right = (u if u <= LARGEST_UNIT else tile for u in units)
+        units = [
+            (math.lcm(step, side), step) for step, side in zip((tile, run), block, strict=True)
+        ]
+        down, right = (unit if unit <= LARGEST_UNIT else step for unit, step in units)
         height = max(1, math.isqrt(pixels) // down) * down
         width = max(1, math.isqrt(pixels) // right) * right
     return [
@@ -97,28 +100,32 @@ def region_windows(grid: Grid, tile: int, pixel_bytes: int, block: tuple[int, in
     ]
 
 
+def unit(step: int, block: int) -> int:
+    """The least side that is a multiple of both, unless that is too large: then `step`."""
+    both = math.lcm(step, block)
+    return both if both <= LARGEST_UNIT else step
+
+
 def write_region(region: Region) -> dict[str, Any]:
     """Read, check, write and sum up one region; repeating it gives the same bytes.
 
     Returns:
-        One line of the manifest: window, checksum, moments, valid share per tile, label counts.
+        One line of the manifest: window, checksums, moments, valid share per tile, label counts.
     """
     source, window = region.source, region.window
     raw, valid, skipped = read_region(source, window)
     arrays = arrays_of(source)
-    arrays["image"].write(window.row, window.col, raw)
-    arrays["valid"].write(window.row, window.col, valid.view(np.uint8))
-    check = checksum(raw, valid)
+    image = arrays["image"].write(window.row, window.col, raw)
+    checks = [image, arrays["valid"].write(window.row, window.col, valid.view(np.uint8))]
     counts: dict[str, Any] = {}
     for task, label in source.labels.items():
         values = label.read(window)
-        arrays[label.layer.array].write(window.row, window.col, values)
-        check = checksum(values, start=check)
+        checks.append(arrays[label.layer.array].write(window.row, window.col, values))
         counts[task] = label_counts(values, len(label.layer.classes))
     return {
         "scene": source.folder.name,
         "window": list(window),
-        "checksum": check,
+        "checksums": checks,
         "moments": [m.to_list() for m in region_moments(raw, valid, source.scene)],
         "valid": tile_fractions(valid, source.tile).tolist(),
         "labels": counts,
@@ -161,22 +168,11 @@ def window_inside(part: Window, whole: Window) -> Window:
     return Grid(whole.height, whole.width).clip(part)
 
 
-def checksum(*arrays: NDArray[Any], start: int = 0) -> int:
-    """CRC-32 of some arrays' bytes, one after the other."""
-    for array in arrays:
-        start = zlib.crc32(np.ascontiguousarray(array).view(np.uint8).data, start)
-    return start
-
-
-def stored_checksum(region: Region) -> int:
-    """The same checksum, of what the store holds."""
-    source, window = region.source, region.window
-    arrays = arrays_of(source)
-    raw = arrays["image"].read(*window)
-    check = checksum(raw, arrays["valid"].read(*window))
-    for label in source.labels.values():
-        check = checksum(arrays[label.layer.array].read(*window), start=check)
-    return check
+def stored_checksums(region: Region) -> list[int]:
+    """The same checksums, of what the store holds: image, validity, labels."""
+    names = ("image", "valid", *(v.layer.array for v in region.source.labels.values()))
+    arrays = arrays_of(region.source)
+    return [arrays[n].checksum(*region.window) for n in names]
 
 
 def tile_fractions(valid: NDArray[np.bool_], tile: int) -> NDArray[np.float64]:
