@@ -51,19 +51,22 @@ def make_store(folder: Path) -> Store:
     return tile_scenes(scenes, folder / "tiles.zarr")
 
 
-def stall(batches: Iterator[object], steps: int) -> tuple[float, float]:
-    """Share of time spent waiting, and milliseconds per step."""
+def stall(batches: Iterator[object], steps: int) -> tuple[float, float, float]:
+    """Shares of time spent waiting for batches and freeing them; milliseconds per step."""
     for _ in islice(batches, 5):
         time.sleep(STEP)
-    waited = 0.0
+    waited = freed = 0.0
     start = time.perf_counter()
     for _ in range(steps):
         asked = time.perf_counter()
-        next(batches)
+        batch = next(batches)
         waited += time.perf_counter() - asked
         time.sleep(STEP)
+        done = time.perf_counter()
+        del batch
+        freed += time.perf_counter() - done
     whole = time.perf_counter() - start
-    return waited / whole, 1000 * whole / steps
+    return waited / whole, freed / whole, 1000 * whole / steps
 
 
 def main() -> None:
@@ -83,10 +86,11 @@ def main() -> None:
         for _ in islice(batches, 20):
             pass
         print(f"one process: {1000 * (time.process_time() - cpu) / 20:.0f} CPU-ms per batch")
-        share, step = stall(pretraining_batches([store], workers=said.workers, **about), said.steps)
-        print(f"{said.workers} workers: stall {100 * share:.2f} %, {step:.1f} ms per 50 ms step")
-        share, step = stall(iter([None] * (said.steps + 5)), said.steps)
-        print(f"no reading: {100 * share:.2f} %, {step:.1f} ms per 50 ms step")
+        read = pretraining_batches([store], workers=said.workers, **about)
+        nothing = iter([None] * (said.steps + 5))
+        for name, found in ((f"{said.workers} workers", read), ("no reading", nothing)):
+            share, free, step = stall(found, said.steps)
+            print(f"{name}: stall {share:.2%}, freeing {free:.2%}, {step:.1f} ms per 50 ms step")
 
 
 if __name__ == "__main__":

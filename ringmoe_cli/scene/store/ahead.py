@@ -17,12 +17,12 @@ def ahead(items: Iterable[T], depth: int = 2) -> Iterator[T]:
     maker.start()
     try:
         while True:
-            more, item = maker.ready.get()
-            if not more:
+            held = [maker.ready.get()]
+            if not held[0][0]:
                 break
-            yield item
-        if item is not None:
-            raise item
+            yield held.pop()[1]  # not kept here: whoever uses it gives its memory back
+        if held[0][1] is not None:
+            raise held[0][1]
     finally:
         maker.stop()
 
