@@ -18,11 +18,14 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.utils.checkpoint import checkpoint
 
+from model.attention import WindowAttention
 from model.batch import Batch
 from model.encoder import Block
 from model.journal import Journal
 from model.optim import adamw, learning_rate
+from model.patch import PatchMerging
 from model.state import TrainingState
+from model.utilisation import Utilisation
 
 Precision = Literal["fp32", "bf16"]
 
@@ -65,6 +68,8 @@ class TrainConfig:
     """Processes among which the experts of a branch are split; 1: each has them all."""
     recompute: bool = False
     """Forget the blocks' activations and compute them again for the gradient: less memory."""
+    compile: bool = False
+    """Compile attention and patch merging (`torch.compile`): faster after a minute of compiling."""
 
     def __post_init__(self) -> None:
         for name in ("steps", "batch_size", "save_every", "keep_last", "accumulate", "log_every"):
@@ -136,12 +141,15 @@ class StepReport:
     """The weights were left alone because something was not finite."""
     output: Any = None
     """The network's output on the last batch, for pictures and routing statistics."""
+    mfu: float | None = None
+    """Share of the devices' arithmetic that was used, where it is known."""
 
     def row(self) -> dict[str, Any]:
         """The line of `metrics.jsonl`."""
         row = {"step": self.step, "loss": self.loss, **self.parts, "lr": self.lr}
         row |= {"grad_norm": self.grad_norm, "images_per_s": round(self.images / self.seconds, 2)}
         row |= {"seconds": round(self.seconds, 5), "data_wait": round(self.wait, 5)}
+        row |= {} if self.mfu is None else {"mfu": round(self.mfu, 4)}
         return {**row, "skipped": True} if self.skipped else row
 
 
@@ -157,6 +165,7 @@ def train(
     device: str = "cpu",
     rate: Callable[[str], float] = lambda name: 1.0,
     crew: Crew = ALONE,
+    utilisation: Utilisation | None = None,
 ) -> int:
     """Train, or go on training, until `config.steps`.
 
@@ -172,6 +181,7 @@ def train(
         device: where to compute.
         rate: factor of the learning rate by parameter name (layer-wise decay).
         crew: the other processes; the network is distributed already.
+        utilisation: for the MFU of every step; None: not reported.
 
     Returns:
         The last step done; less than `config.steps` if stopped.
@@ -191,6 +201,8 @@ def train(
     while done < config.steps:
         report, stopped = update(network, optimiser, stream, config, done, device, stop, crew)
         done = report.step
+        if utilisation:
+            report.mfu = utilisation.share(report.images, report.seconds)
         if crew.main:
             metrics.append(report.row())
         on_step(report)
@@ -330,3 +342,10 @@ def recompute_blocks(network: nn.Module) -> None:
     """
     for block in [m for m in network.modules() if isinstance(m, Block)]:
         block.forward = partial(checkpoint, block.forward, use_reentrant=False)  # type: ignore[method-assign]
+
+
+def compile_blocks(network: nn.Module) -> None:
+    """Compile what has the same shapes in every step; experts see other numbers of tokens each."""
+    for module in network.modules():
+        if isinstance(module, WindowAttention | PatchMerging):
+            module.compile()

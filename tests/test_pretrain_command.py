@@ -17,6 +17,8 @@ from training import TIMES
 from model.checkpoint import read_config
 from model.encoder import RingMoE
 from model.journal import Journal
+from model.plan import Cluster, Workload, plan
+from model.pretrain import MaskedImageModel
 from ringmoe_cli.errors import OutputExistsError, RingmoeError, StoreError
 from ringmoe_cli.jobs.pretraining import PretrainRequest, open_data, pretrain, simulated_stores
 from ringmoe_cli.jobs.runs import claim_run, first_difference, stop_requests
@@ -264,3 +266,62 @@ def test_routing_is_logged_and_dead_experts_are_called(
     lonely = ("train.log_every=1", "train.steps=10", "train.warmup_steps=2", "train.batch_size=4")
     pretrain(request(store, tmp_path / "b", *lonely, "model.specialised=16"))
     assert "no token has met" in capsys.readouterr().err
+
+
+def test_terminal_gets_a_live_bar_and_stdout_the_folder_alone(
+    store: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("TERM", "xterm-256color")
+    monkeypatch.setenv("COLUMNS", "200")
+    ours, theirs = os.openpty()
+    with os.fdopen(theirs, "w") as terminal:
+        monkeypatch.setattr(sys, "stderr", terminal)
+        pretrain(request(store, tmp_path, "train.save_every=4"))
+        monkeypatch.undo()
+    drawn = os.read(ours, 1 << 20).decode()
+    os.close(ours)
+    for word in ("pretrain", "4/4", "opt ", "sar-l1 ", "balance ", "lr ", "img/s", "mfu ", "wait "):
+        assert word in drawn, word
+    assert "\x1b[" in drawn
+    assert "{" not in drawn
+    assert capsys.readouterr().out == ""
+
+
+def test_coregistered_modalities_share_a_step(store: Path, tmp_path: Path) -> None:
+    """The simulated scene shows one place to four sensors; each step has a loss for each."""
+    wanted = request(store, tmp_path, "modalities.opt.weight=1", "modalities.sar-l2.weight=1")
+    data = open_data(wanted.stores, wanted.recipe)
+    grids = {m: {s.scene.grid for t in data.stores for s in t.scenes_of(m)} for m in data.channels}
+    assert grids["opt"] == grids["sar-l2"]
+    pretrain(wanted)
+    for row in Journal(tmp_path / "metrics.jsonl").rows():
+        assert row["opt"] > 0
+        assert row["sar-l2"] > 0
+
+
+@pytest.mark.parametrize(
+    ("name", "gpus", "memory"),
+    [("pretrain-tiny", 1, 24e9), ("pretrain-base", 8, 80e9), ("pretrain-14b", 256, 80e9)],
+)
+def test_larger_recipes_fit_their_hardware_and_train_when_shrunk(
+    name: str, gpus: int, memory: float, store: Path, tmp_path: Path
+) -> None:
+    recipe = load_pretrain_recipe(name)
+    work = Workload.of(recipe.model_config({"opt": 3, "ms": 4, "sar-l1": 8, "sar-l2": 3}))
+    assert plan(work, Cluster(gpus, memory), recipe.train.batch_size)
+    steps = ("train.steps=2", "train.warmup_steps=1", "train.log_every=1", "train.keep_every=0")
+    sizes = ("model.num_heads=[1,2,4,8]", *(c for c in SMALL if "train.s" not in c))
+    shrunk = load_pretrain_recipe(name, [*sizes, *steps])
+    assert shrunk.train.precision == "bf16"
+    found = pretrain(PretrainRequest((store,), tmp_path, shrunk))
+    assert found["step"] == 2
+    assert RingMoE.from_pretrained(tmp_path).config.embed_dim == 8
+
+
+def test_recipe_asks_for_compilation(
+    store: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    compiled: list[MaskedImageModel] = []
+    monkeypatch.setattr("ringmoe_cli.jobs.pretraining.compile_blocks", compiled.append)
+    pretrain(request(store, tmp_path, "train.compile=true"))
+    assert [type(network) for network in compiled] == [MaskedImageModel]

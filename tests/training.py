@@ -14,7 +14,7 @@ from model.pretrain import MaskedImageModel, with_masks
 from model.train import StepReport, TrainConfig, train
 
 NORMALISATION = {"sar-l1": Normalisation(("hh_re",) * 8, (0.0,) * 8, (1.0,) * 8, (8.0, 4.0))}
-TIMES = ("seconds", "data_wait", "images_per_s")
+TIMES = ("seconds", "data_wait", "images_per_s", "mfu")
 
 
 def config(**changes: object) -> ModelConfig:

@@ -26,7 +26,8 @@ from model.parallel import (
 from model.physics import local_looks, log_floor, span
 from model.pretrain import MaskedImageModel, with_masks
 from model.state import TrainingState
-from model.train import ALONE, Crew, StepReport, recompute_blocks, train
+from model.train import ALONE, Crew, StepReport, compile_blocks, recompute_blocks, train
+from model.utilisation import Utilisation
 from ringmoe_cli import console
 from ringmoe_cli.errors import RecipeError, RingmoeError, StoreError
 from ringmoe_cli.jobs.runs import claim_run, stop_requests
@@ -128,6 +129,8 @@ def pretrain_together(request: PretrainRequest, who: Ranks) -> dict[str, Any]:
     routing = RoutingLog(network.encoder, config, output, done, total)
     if config.recompute:
         recompute_blocks(network)
+    if config.compile:
+        compile_blocks(network)
     about = CheckpointConfig(
         model=model,
         kind="pretraining",
@@ -140,6 +143,8 @@ def pretrain_together(request: PretrainRequest, who: Ranks) -> dict[str, Any]:
     if who.world > 1:
         distribute(network, request.device, config.ep, config.precision)
         crew = Crew(who.rank == 0, total, clip_grad_norm, (*model.modalities, "balance"))
+    dtype = torch.bfloat16 if config.precision == "bf16" else torch.float32
+    utilisation = Utilisation.of(model, request.device, dtype, who.world)
     board = output / "tensorboard" if request.tensorboard else None
     watch = Watch(config, done, as_json=request.as_json, tensorboard=board)
 
@@ -158,6 +163,7 @@ def pretrain_together(request: PretrainRequest, who: Ranks) -> dict[str, Any]:
             stop=stop,
             device=request.device,
             crew=crew,
+            utilisation=utilisation,
         )
     if step < steps:
         console.say(f"saved after step {step} of {steps}; the same command goes on")

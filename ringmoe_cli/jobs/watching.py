@@ -74,7 +74,8 @@ def described(report: StepReport) -> str:
     """One update in a few words: losses, learning rate, speed, waiting."""
     parts = "  ".join(f"{name} {value:.3f}" for name, value in report.parts.items())
     speed = f"{report.images / report.seconds:.0f} img/s"
-    return f"{parts}  lr {report.lr:.1e}  {speed}  wait {report.wait / report.seconds:.0%}"
+    used = "" if report.mfu is None else f"  mfu {report.mfu:.0%}"
+    return f"{parts}  lr {report.lr:.1e}  {speed}{used}  wait {report.wait / report.seconds:.0%}"
 
 
 def open_tensorboard(folder: Path, done: int) -> Any:

@@ -138,7 +138,7 @@ def save_curves(
         rows: lines of `metrics.jsonl`: `step`, `loss`, and any number of others.
         reconstructions: modality -> caption ("input", "masked", "reconstructed") -> (H, W, 3).
     """
-    timing = {"step", "seconds", "data_wait", "images_per_s", "skipped"}
+    timing = {"step", "seconds", "data_wait", "images_per_s", "mfu", "skipped"}
     names = [n for n in dict.fromkeys(k for r in rows for k in r) if n not in timing]
     names = [n for n in names if any(isinstance(r.get(n), int | float) for r in rows)]
     columns = min(4, len(names))
