@@ -1,5 +1,6 @@
 """A store holds the scene exactly, however the work was cut, stopped, or spread."""
 
+import errno
 import json
 import os
 import signal
@@ -21,7 +22,7 @@ from ringmoe_cli.scene.grid import Grid, Window
 from ringmoe_cli.scene.radiometry import to_physical
 from ringmoe_cli.scene.reader import SceneReader
 from ringmoe_cli.scene.sensors import open_scene
-from ringmoe_cli.scene.store import regions
+from ringmoe_cli.scene.store import chunks, regions
 from ringmoe_cli.scene.store.layout import VALID_RUN
 from ringmoe_cli.scene.tiles import open_store
 from ringmoe_cli.scene.tiling import Labelled, Settings, tile_scenes
@@ -177,6 +178,26 @@ def test_an_interrupted_run_is_continued_bit_for_bit(scene, tmp_path, monkeypatc
     assert contents(out) == contents(tmp_path / "whole.zarr")
 
 
+def test_a_full_disk_loses_nothing(scene, tmp_path, monkeypatch):
+    out, one = tmp_path / "t.zarr", Engine(threads=1)
+    written, honest = [], chunks.overwrite
+
+    def overwrite(path, data):
+        if len(written) == 40:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        written.append(path)
+        honest(path, data)
+
+    monkeypatch.setattr(chunks, "overwrite", overwrite)
+    with pytest.raises(StoreError, match=r"t\.zarr\.part: the disk is full; make room"):
+        tile_scenes([Labelled(scene)], out, Settings(tile=32, engine=one))
+    assert not out.exists()
+    monkeypatch.undo()
+    tile_scenes([Labelled(scene)], out, Settings(tile=32, engine=one))
+    tile_scenes([Labelled(scene)], tmp_path / "whole.zarr", Settings(tile=32, engine=one))
+    assert contents(out) == contents(tmp_path / "whole.zarr")
+
+
 def test_two_runs_do_not_write_one_store(scene, tmp_path, monkeypatch):
     out, part = tmp_path / "t.zarr", tmp_path / "t.zarr.part"
     stop_after(monkeypatch, 1)
@@ -200,7 +221,7 @@ def test_unfinished_work_of_other_inputs_is_not_mixed_in(scene, tmp_path, monkey
 KILLED = """
 import os, signal, sys
 from ringmoe_cli.scene import tiling
-from ringmoe_cli.scene.store import regions
+from ringmoe_cli.scene.store import chunks, regions
 from ringmoe_cli.scene.sensors import open_scene
 from ringmoe_cli.scene.tiling import Labelled, Settings, tile_scenes
 regions.REGION_BYTES = 4 * 2 * 64 * 64

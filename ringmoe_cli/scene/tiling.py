@@ -4,6 +4,7 @@ Work grows in `OUT.part` with a manifest of finished regions, each line synced t
 was interrupted is continued by the same command, bit for bit; the final name appears by rename.
 """
 
+import errno
 import fcntl
 import json
 import os
@@ -96,8 +97,9 @@ def tile_scenes(
     part = out.with_name(f"{out.name}.part")
     sources = plan_sources(scenes, part, settings)
     regions = [Region(s, w) for s in sources for w in windows_of(s)]
-    prepare(part, sources, fingerprint(sources, settings))
-    with locked(part):
+    with room(part):
+        prepare(part, sources, fingerprint(sources, settings))
+    with locked(part), room(part):
         lines = finished_lines(part, regions)
         left = [r for r in regions if key(r) not in lines]
         with (progress or quiet)(size(regions)) as advance:
@@ -209,6 +211,24 @@ def locked(part: Path) -> Iterator[None]:
         yield
     finally:
         os.close(held)
+
+
+@contextmanager
+def room(part: Path) -> Iterator[None]:
+    """Say what to do about a full disk.
+
+    Raises:
+        StoreError: if it is full; what is finished stays.
+    """
+    try:
+        yield
+    except OSError as error:
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+            raise
+        raise StoreError(
+            f"{part}: the disk is full; make room and run the same command again, "
+            "what is finished is kept"
+        ) from error
 
 
 INPUTS = "inputs.json"
