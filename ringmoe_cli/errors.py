@@ -9,6 +9,7 @@ class OutputExistsError(RingmoeError):
     """A finished output is in the way and `--overwrite` was not given."""
 
     def __init__(self, path: object) -> None:
+        self.path = path
         super().__init__(f"{path} exists; choose another -o, or pass --overwrite to replace it")
 
 

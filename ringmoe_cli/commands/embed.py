@@ -98,5 +98,5 @@ def embed(
             draw_bands(Path(said["output"]), quicklook)
         return said
 
-    if work_through(work, list(scene_list(scenes)), output, as_json):
+    if work_through(work, list(scene_list(scenes)), output, as_json).failed:
         raise typer.Exit(1)

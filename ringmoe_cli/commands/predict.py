@@ -1,6 +1,5 @@
 """`ringmoe predict`: scenes in, georeferenced maps out."""
 
-from dataclasses import replace
 from pathlib import Path
 from typing import Annotated
 
@@ -69,6 +68,12 @@ def predict(
     dem: Annotated[
         Path | None, typer.Option(help="Heights for --warp of scenes placed by RPCs.")
     ] = None,
+    mosaic: Annotated[
+        Path | None, typer.Option(help="Also join the maps of all scenes in this file.")
+    ] = None,
+    stac: Annotated[
+        bool, typer.Option("--stac", help="Write a STAC item beside each scene's outputs.")
+    ] = False,
     skip_bad: Annotated[
         bool, typer.Option("--skip-bad", help="Unreadable blocks become nodata, with a warning.")
     ] = False,
@@ -102,6 +107,8 @@ def predict(
         ringmoe predict scene.tif --model runs/det -o boxes.parquet
         cat scene.tif | ringmoe predict /vsistdin/ --model runs/seg -o - > map.tif
         ringmoe predict frames/*.png --model runs/track -o tracks.txt
+        ringmoe predict scene.tif --model runs/seg --warp EPSG:32631 --dem heights.tif
+        ringmoe predict *.tif --model runs/seg -o maps/ --mosaic all.tif --stac
         RINGMOE_MODEL=runs/seg ringmoe predict scene.tif -o maps/ --probabilities
     """
     if model is None:
@@ -113,8 +120,10 @@ def predict(
     if dem and not warp:
         raise typer.BadParameter("--dem belongs to --warp")
     console.State.quiet = quiet
-    from ringmoe_cli.jobs import crew, maps, object_maps
+    from ringmoe_cli.jobs.crew import Order
+    from ringmoe_cli.jobs.maps import scene_list
     from ringmoe_cli.jobs.opening import Wish
+    from ringmoe_cli.jobs.scenes import map_piped, map_scenes
     from ringmoe_cli.scene import pipes
     from ringmoe_cli.scene.maps.warp import Warp
     from ringmoe_cli.scene.writer import parse_options
@@ -125,24 +134,13 @@ def predict(
         bands=tuple(bands.split(",")) if bands else None, scale=scale,
         allow_remote=allow_remote, skip_bad=skip_bad, beside=tuple(beside or ()), before=before,
         gsd=gsd, mask=mask, no_resample=no_resample, sure=score,
-        warp=Warp(warp, dem) if warp else None,
+        warp=Warp(warp, dem) if warp else None, stac=stac,
     )  # fmt: skip
-    order = crew.Order(Path(model), wish, device, window, overlap, batch, tta == "flips", stream)
-    paths = list(maps.scene_list(scenes))
+    order = Order(Path(model), wish, device, window, overlap, batch, tta == "flips", stream)
+    paths = list(scene_list(scenes))
     if paths == [pipes.STDIN] or pipes.is_stdout(output):
-        if len(paths) != 1:
-            raise typer.BadParameter("-o - takes one scene")
-        with pipes.piped(paths[0], output) as (path, where):
-            mapper = replace(order, wish=replace(wish, output=where)).mapper()
-            done = mapper.map_scene(path)
-            if not pipes.is_stdout(output):
-                console.result(done if as_json else done["output"])
-        return
-    if workers or scheduler:
-        raise typer.Exit(crew.work(order, workers, scheduler, paths, as_json))
-    mapper = order.mapper()
-    if mapper.task.name == "tracking":
-        done = object_maps.list_clip(mapper, paths)
-        console.result(done if as_json else done["output"])
-    elif maps.work_through(object_maps.work_of(mapper), paths, output, as_json):
+        if len(paths) != 1 or mosaic or stac:
+            raise typer.BadParameter("-o - takes one scene, and neither --mosaic nor --stac")
+        map_piped(order, paths[0], as_json)
+    elif map_scenes(order, paths, workers, scheduler, mosaic, as_json):
         raise typer.Exit(1)

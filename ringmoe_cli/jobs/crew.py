@@ -12,9 +12,9 @@ from typing import Any
 
 from ringmoe_cli import console
 from ringmoe_cli.cluster import Engine
-from ringmoe_cli.errors import RingmoeError
+from ringmoe_cli.errors import OutputExistsError, RingmoeError
 from ringmoe_cli.jobs.answers import Clock
-from ringmoe_cli.jobs.maps import Mapper, is_folder, load_mapper
+from ringmoe_cli.jobs.maps import Mapper, Tally, is_folder, load_mapper
 from ringmoe_cli.jobs.opening import Wish
 from ringmoe_cli.scene.maps.part import save_band
 from ringmoe_cli.scene.maps.strips import SkipBad
@@ -84,20 +84,26 @@ class Kept:
 
 def work(
     order: Order, workers: int | None, scheduler: str | None, scenes: Sequence[str], as_json: bool
-) -> int:
-    """Map scenes with Dask workers: one scene together, several apart; 1 if any failed.
+) -> Tally:
+    """Map scenes with Dask workers: one scene together, several apart.
 
     Raises:
         RingmoeError: if the one scene fails, or the task makes no map.
     """
-    engine = Engine(workers, scheduler)
+    engine, tally = Engine(workers, scheduler), Tally()
     if len(scenes) == 1:
-        done = map_together(order, engine, scenes[0])
-        console.result(done if as_json else done["output"])
-        return 0
+        tally.done(scenes[0], map_together(order, engine, scenes[0]), as_json)
+        return tally
     if not is_folder(order.wish.output):
         raise RingmoeError(f"-o {order.wish.output} must be a folder for several scenes")
-    return int(map_apart(order, engine, scenes, as_json) > 0)
+    for said in engine.run(map_whole, (Whole(order, scene) for scene in scenes)):
+        if "exists" in said:
+            tally.kept(said["scene"], said["exists"])
+        elif "error" in said:
+            tally.fail(said["scene"], said["error"])
+        else:
+            tally.done(said["scene"], said, as_json)
+    return tally.close()
 
 
 def compute_run(run: Run) -> list[str]:
@@ -114,6 +120,8 @@ def map_whole(whole: Whole) -> dict[str, Any]:
     """Map a scene; a failure is an answer too, so that the others go on."""
     try:
         return Kept.mapper(whole.order).map_scene(whole.scene)
+    except OutputExistsError as error:
+        return {"scene": whole.scene, "exists": str(error.path)}
     except (RingmoeError, ValueError, OSError) as error:
         return {"scene": whole.scene, "error": " ".join(str(error).split())}
 
@@ -126,17 +134,3 @@ def map_together(order: Order, engine: Engine, scene: str) -> dict[str, Any]:
         return engine.run(compute_run, tasks)
 
     return order.mapper().map_scene(scene, crew)
-
-
-def map_apart(order: Order, engine: Engine, scenes: Sequence[str], as_json: bool) -> int:
-    """Map many scenes, each by one worker; returns how many failed."""
-    failed = []
-    for said in engine.run(map_whole, (Whole(order, scene) for scene in scenes)):
-        if "error" in said:
-            failed.append(said["scene"])
-            console.error(f"{said['scene']}: {said['error']}")
-        else:
-            console.result(said if as_json else said["output"])
-    if failed:
-        console.error(f"{len(failed)} of {len(scenes)} scenes failed: {', '.join(failed)}")
-    return len(failed)

@@ -3,7 +3,7 @@
 import glob
 import sys
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +14,7 @@ from ringmoe_cli.errors import OutputExistsError, RingmoeError, SceneError
 from ringmoe_cli.jobs.answers import Network, Settings
 from ringmoe_cli.jobs.opening import Opener, Wish, about_scenes
 from ringmoe_cli.jobs.prediction import Crew, Job, Report, predict_scene
-from ringmoe_cli.jobs.summary import model_identity, summary
+from ringmoe_cli.jobs.summary import described, model_identity, summary
 from ringmoe_cli.machine import chosen_device, use_memory_steadily
 from ringmoe_cli.scene.maps.part import part_folder
 from ringmoe_cli.scene.maps.product import Product, product_of
@@ -77,16 +77,22 @@ class Mapper:
         said = summary(path, job.own, self.task, report)
         if self.task.name == "change":
             said |= changed_regions(outputs["classes"], self.task)
+        if self.wish.stac:
+            said["stac"] = described(outputs, path, job.own, self.task.name)
         warn_about(path, report, said)
         return said
 
     def outputs(self, path: str, source: Normalised, product: Product) -> dict[str, Path]:
         """Layer -> file."""
         named = next(iter(source.dates[-1].values())).scene.name
-        main = output_path(path, named, self.task.name, self.wish.output)
-        first, *others = product.layers
-        more = {x.name: main.with_name(f"{main.stem}_{x.name}{main.suffix}") for x in others}
-        return {first.name: main, **more}
+        return layer_files(output_path(path, named, self.task.name, self.wish.output), product)
+
+
+def layer_files(main: Path, product: Product) -> dict[str, Path]:
+    """Layer -> file; the first has the name itself, the others theirs appended."""
+    first, *others = product.layers
+    more = {x.name: main.with_name(f"{main.stem}_{x.name}{main.suffix}") for x in others}
+    return {first.name: main, **more}
 
 
 def changed_regions(class_map: Path, task: TaskConfig) -> dict[str, Any]:
@@ -184,36 +190,65 @@ def scene_list(given: Sequence[str]) -> Iterator[str]:
             yield text
 
 
+@dataclass
+class Tally:
+    """How the scenes of a run went."""
+
+    made: dict[str, str] = field(default_factory=dict)
+    """Scene -> its output; of those that an earlier run had finished too."""
+    failed: list[str] = field(default_factory=list)
+    """Scenes without an output."""
+
+    def done(self, scene: str, said: dict[str, Any], as_json: bool) -> None:
+        """A scene is through: report it."""
+        self.made[scene] = said["output"]
+        console.result(said if as_json else said["output"])
+
+    def fail(self, scene: str, why: str) -> None:
+        """A scene has failed."""
+        self.failed.append(scene)
+        console.error(f"{scene}: {why}")
+
+    def kept(self, scene: str, output: str) -> None:
+        """A scene's output was there before."""
+        self.made[scene] = output
+        console.say(f"{output} exists and is left as it is; --overwrite replaces it")
+
+    def close(self) -> "Tally":
+        """Name those that failed."""
+        if self.failed:
+            total = len(self.failed) + len(self.made)
+            console.error(f"{len(self.failed)} of {total} scenes failed: {', '.join(self.failed)}")
+        return self
+
+
 def work_through(
     work: Callable[[str], dict[str, Any]],
     scenes: Sequence[str],
     output: Path | None,
     as_json: bool,
-) -> int:
+) -> Tally:
     """Do one scene after the other; a failing one does not stop the others.
 
-    Returns:
-        How many failed.
+    Of several scenes, those with a finished output are passed over: the same command twice goes on.
 
     Raises:
         RingmoeError: if there is only one scene and it fails, or several and one output.
     """
     if len(scenes) > 1 and not is_folder(output):
         raise RingmoeError(f"-o {output} must be a folder for several scenes")
-    failed = []
+    tally = Tally()
     for path in scenes:
         try:
-            done = work(path)
+            tally.done(path, work(path), as_json)
         except KeyboardInterrupt:
             console.say(f"stopped at {path}; the same command continues where it was")
             raise
         except (RingmoeError, ValueError, OSError) as error:
             if len(scenes) == 1:
                 raise
-            failed.append(path)
-            console.error(f"{path}: {' '.join(str(error).split())}")
-            continue
-        console.result(done if as_json else done["output"])
-    if failed:
-        console.error(f"{len(failed)} of {len(scenes)} scenes failed: {', '.join(failed)}")
-    return len(failed)
+            if isinstance(error, OutputExistsError):
+                tally.kept(path, str(error.path))
+            else:
+                tally.fail(path, " ".join(str(error).split()))
+    return tally.close()

@@ -20,6 +20,7 @@ from ringmoe_cli.jobs.answers import Settings, lattice_of, sent
 from ringmoe_cli.jobs.maps import Mapper, check_free, output_path
 from ringmoe_cli.jobs.objects import OVERLAP, boxes_of_clip, boxes_of_scene
 from ringmoe_cli.jobs.opening import SURE, Opener
+from ringmoe_cli.jobs.summary import described
 from ringmoe_cli.scene.grid import Window
 from ringmoe_cli.scene.maps.strips import Normalised, SkipBad, window_batches
 from ringmoe_cli.scene.maps.vectors import (
@@ -65,6 +66,9 @@ def list_scene(mapper: Mapper, path: str) -> dict[str, Any]:
             )  # fmt: skip
     finally:
         close(source)
+    if mapper.wish.stac:
+        outputs = {mapper.task.name: output}
+        done["stac"] = described(outputs, path, source, mapper.task.name)
     return {"scene": path, **done}
 
 

@@ -56,6 +56,8 @@ class Wish:
     """Least confidence of a box that is written."""
     warp: Warp | None = None
     """Where maps shall lie, if not on their scenes' grids."""
+    stac: bool = False
+    """Write a STAC item beside the outputs."""
 
 
 @dataclass(frozen=True)

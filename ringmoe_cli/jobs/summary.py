@@ -1,11 +1,13 @@
 """What a prediction says about itself: areas per class for people, identities for resuming."""
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from model.config import TaskConfig
+from ringmoe_cli import console
 from ringmoe_cli.jobs.prediction import Report
 from ringmoe_cli.scene.areas import Areas, areas_of_map
 from ringmoe_cli.scene.maps.product import CELL
@@ -64,6 +66,17 @@ def value_summary(report: Report) -> dict[str, Any]:
     mean = total / n if n else float("nan")
     deviation = np.sqrt(max(squares / n - mean**2, 0)) if n else float("nan")
     return {"pixels": int(n), "mean": float(mean), "std": float(deviation)}
+
+
+def described(outputs: Mapping[str, Path], path: str, source: Normalised, task: str) -> str:
+    """Write the STAC item of a scene's outputs; returns its path."""
+    from ringmoe_cli.scene.maps.stac import write_item
+
+    scene = next(iter(source.dates[-1].values())).scene
+    item, dated = write_item(outputs, Path(path), scene.grid, scene.date, task)
+    if not dated:
+        console.warn(f"{path} does not say when it was taken; {item} says: before its file was")
+    return str(item)
 
 
 def identity_of(scene: Scene) -> dict[str, Any]:

@@ -122,14 +122,16 @@ class MapWriter:
     def __enter__(self) -> Self:
         with failures_named(self.rows_file):
             self.dataset = open_rows(self.rows_file, self.layer, self.grid)
+            describe(self.dataset, self.layer, self.grid)  # a colour map must precede the pixels
         return self
 
-    def write(self, rows: NDArray[Any]) -> None:
-        """Append rows, (bands, rows, width)."""
-        window = Window(0, self.row, rows.shape[2], rows.shape[1])
+    def write(self, rows: NDArray[Any], left: int = 0) -> None:
+        """Append rows (bands, rows, width), or the part of them from column `left` on."""
+        _, height, width = rows.shape
+        window = Window(left, self.row, width, height)
         with failures_named(self.rows_file):
             self.dataset.write(rows, window=window)
-        self.row += rows.shape[1]
+        self.row += height if left + width == self.grid.width else 0
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, _: TracebackType | None
@@ -148,7 +150,6 @@ class MapWriter:
     def finish(self) -> None:
         """Complete the rows, copy them to a COG, check that it is whole, and give it its name."""
         with failures_named(self.rows_file):
-            describe(self.dataset, self.layer, self.grid)
             self.dataset.close()
         if self.row != self.grid.height:
             raise RingmoeError(f"{self.path}: {self.row} of {self.grid.height} rows were written")

@@ -113,10 +113,10 @@ class WarpedWriter(MapWriter):
             stack.enter_context(rasterio.Env(GDAL_CACHEMAX=WARP_MB << 20))
             rows = stack.enter_context(rasterio.open(self.rows_file))
             out = stack.enter_context(open_rows(self.warped_file, self.layer, self.target))
+            describe(out, self.layer, self.target)
             reproject(
                 rasterio.band(rows, bands), rasterio.band(out, bands), **self.warp.place(self.grid),
                 src_nodata=self.layer.nodata, dst_nodata=self.layer.nodata, dst_crs=self.warp.crs,
                 dst_transform=out.transform, resampling=kind, warp_mem_limit=WARP_MB,
             )  # fmt: skip
-            describe(out, self.layer, self.target)
         return self.warped_file
