@@ -7,7 +7,9 @@ import geopandas
 import numpy as np
 import pytest
 import rasterio
+import rioxarray
 import torch
+import xarray
 from mapping import BANDS, CONFIG, NORM, model, normalised, scene, write_scene
 from PIL import Image
 from rio_cogeo import cog_validate
@@ -19,9 +21,12 @@ from model.config import ModelConfig
 from model.encoder import RingMoE
 from model.normalisation import Normalisation
 from ringmoe_cli.app import app
+from ringmoe_cli.errors import RingmoeError
 from ringmoe_cli.jobs.embedding import load_embedder, principal_components
 from ringmoe_cli.jobs.opening import Wish
-from ringmoe_cli.scene.grid import Window
+from ringmoe_cli.scene.grid import Grid, Window
+from ringmoe_cli.scene.maps.zarrmap import ZarrWriter
+from ringmoe_cli.scene.writer import Layer
 
 
 @pytest.fixture(scope="session")
@@ -97,6 +102,43 @@ def test_int8_is_within_a_step(encoder, scene, tmp_path):
     error = np.abs(floats - steps * scales) / scales
     assert error[held].max() < 0.6
     np.testing.assert_array_equal(steps == -128, np.isnan(floats))
+
+
+@pytest.mark.parametrize("dtype", ["float16", "int8"])
+def test_zarr_holds_the_same_numbers_and_opens_everywhere(encoder, scene, tmp_path, dtype):
+    options = (scene, "-m", encoder, "--dense", "--stage", "1", "--dtype", dtype)
+    cog = run(*options, "-o", tmp_path / "f.tif").stdout.strip()
+    store = run(*options, "-o", tmp_path / "f.zarr").stdout.strip()
+    assert store == str(tmp_path / "f.zarr")
+    with rasterio.open(cog) as c, rasterio.open(f"ZARR:{store}:/features") as z:
+        assert (z.crs, z.transform, z.shape) == (c.crs, c.transform, c.shape)
+        flat, stored, scales = c.read(), z.read(), c.scales
+    np.testing.assert_allclose(stored, flat, rtol=1e-3, atol=1e-6)
+    opened = xarray.open_zarr(store, decode_coords="all", mask_and_scale=False)
+    assert opened.features.dtype == dtype
+    assert opened.rio.crs.to_epsg() == 32630
+    np.testing.assert_array_equal(opened.features.astype("float32"), stored)
+    if dtype == "int8":
+        np.testing.assert_allclose(opened.scale, scales)
+    named = run(*options, "--zarr", "-o", tmp_path / "maps", "--quicklook", tmp_path / "q.png")
+    assert named.stdout.strip() == str(tmp_path / "maps/scene_embedding.zarr")
+    assert run(*options, "-o", store).exit_code == 1
+    assert run(*options, "-o", store, "--overwrite").exit_code == 0
+
+
+def test_zarr_rows_may_come_in_any_portions(tmp_path):
+    layer, grid = Layer("features", "int8", -128, 3, descriptions=("a", "b", "c")), Grid(1100, 40)
+    values = np.random.default_rng(0).integers(-127, 127, (3, 1100, 40)).astype(np.int8)
+    with ZarrWriter(tmp_path / "f.zarr", layer, grid, tmp_path) as target:
+        for top, stop in ((0, 1), (1, 700), (700, 1100)):
+            target.write(values[:, top:stop])
+    np.testing.assert_array_equal(xarray.open_zarr(tmp_path / "f.zarr").features.values, values)
+    with (
+        pytest.raises(RingmoeError, match="5 of 1100 rows"),
+        ZarrWriter(tmp_path / "g.zarr", layer, grid, tmp_path) as target,
+    ):
+        target.write(values[:, :5])
+    assert [p.name for p in tmp_path.iterdir()] == ["f.zarr"]
 
 
 def test_components_are_those_of_scikit_learn():

@@ -33,6 +33,9 @@ def embed(
         int | None, typer.Option(min=1, help="Keep this many principal components (dense).")
     ] = None,
     dtype: Annotated[str, typer.Option(help="float16 or int8 (dense).")] = "float16",
+    zarr: Annotated[
+        bool, typer.Option("--zarr", help="A Zarr group instead of a COG, as by -o NAME.zarr.")
+    ] = False,
     quicklook: Annotated[
         Path | None, typer.Option(help="Draw the first three bands as PNG (dense).")
     ] = None,
@@ -66,6 +69,7 @@ def embed(
     Examples:
         ringmoe embed scene.tif --model runs/pre
         ringmoe embed scene.tif --model runs/pre --dense --stage 2 --pca 16 --quicklook look.png
+        ringmoe embed scene.tif --model runs/pre --dense --dtype int8 -o features.zarr
     """
     if model is None:
         raise typer.BadParameter(
@@ -73,8 +77,8 @@ def embed(
         )
     if dtype not in ("float16", "int8"):
         raise typer.BadParameter(f"--dtype {dtype}: say float16 or int8")
-    if (pca or quicklook) and not dense:
-        raise typer.BadParameter("--pca and --quicklook belong to --dense")
+    if (pca or quicklook or zarr) and not dense:
+        raise typer.BadParameter("--pca, --quicklook and --zarr belong to --dense")
     console.State.quiet = quiet
     from ringmoe_cli.jobs.embedding import load_embedder
     from ringmoe_cli.jobs.maps import scene_list, work_through
@@ -93,7 +97,7 @@ def embed(
     def work(path: str) -> dict[str, object]:
         if not dense:
             return embedder.vectors(path)
-        said = embedder.dense(path, pca, dtype)
+        said = embedder.dense(path, pca, dtype, ".zarr" if zarr else ".tif")
         if quicklook:
             draw_bands(Path(said["output"]), quicklook)
         return said

@@ -155,10 +155,12 @@ class Embedder:
         tiles = sum(int(sums["valid"].sum()) for _, _, sums in report.sums)
         return self.said(path, report, tiles=tiles)
 
-    def dense(self, path: str, components: int | None, dtype: str) -> dict[str, Any]:
-        """Write a feature map, one pixel per feature, as COG."""
+    def dense(
+        self, path: str, components: int | None, dtype: str, suffix: str = ".tif"
+    ) -> dict[str, Any]:
+        """Write a feature map, one pixel per feature, as COG or (by its suffix) Zarr."""
         fitted = self.open(path)
-        outputs = {"features": self.output(path, fitted, ".tif")}
+        outputs = {"features": self.output(path, fitted, suffix)}
         check_free(outputs, self.wish.overwrite)
         network, channels = replaced(self.features, pooled=False), self.features.width
         samples = self.samples(network, fitted)

@@ -155,7 +155,9 @@ def output_path(path: str, name: str, task: str, output: Path | None, suffix: st
 
 def is_folder(output: Path | None) -> bool:
     """Whether outputs get names of their own: beside the scenes, or in a folder."""
-    return output is None or output.is_dir() or not output.suffix
+    if output is None or not output.suffix:
+        return True
+    return output.is_dir() and output.suffix != ".zarr"
 
 
 def check_free(outputs: dict[str, Path], overwrite: bool) -> None:

@@ -18,6 +18,7 @@ from ringmoe_cli.scene.maps.part import Part
 from ringmoe_cli.scene.maps.product import Encoded, Product, Rows
 from ringmoe_cli.scene.maps.strips import Normalised, SkipBad
 from ringmoe_cli.scene.maps.warp import Warp, WarpedWriter
+from ringmoe_cli.scene.maps.zarrmap import ZarrWriter
 from ringmoe_cli.scene.resample import Bands
 from ringmoe_cli.scene.stitch import Lattice
 from ringmoe_cli.scene.writer import Layer, MapWriter
@@ -224,19 +225,27 @@ def maps(
     work: Path,
     options: Mapping[str, str] | None,
     warp: Warp | None,
-) -> Iterator[dict[str, MapWriter]]:
+) -> Iterator[dict[str, MapWriter | ZarrWriter]]:
     """A writer per layer; all appear when all are whole."""
 
-    def writer(layer: Layer) -> MapWriter:
+    def writer(layer: Layer) -> MapWriter | ZarrWriter:
+        if outputs[layer.name].suffix == ".zarr":
+            return ZarrWriter(outputs[layer.name], layer, grid, work)
         if warp:
             return WarpedWriter(outputs[layer.name], layer, grid, work, options, warp)
         return MapWriter(outputs[layer.name], layer, grid, work, options)
 
     with ExitStack() as stack:
-        yield {layer.name: stack.enter_context(writer(layer)) for layer in product.layers}
+        writers: dict[str, MapWriter | ZarrWriter] = {}
+        for layer in product.layers:
+            writers[layer.name] = writer(layer)
+            stack.enter_context(writers[layer.name])
+        yield writers
 
 
-def write_band(writers: Mapping[str, MapWriter], report: Report, row: int, band: Encoded) -> None:
+def write_band(
+    writers: Mapping[str, MapWriter | ZarrWriter], report: Report, row: int, band: Encoded
+) -> None:
     """Append a band to every map; remember its sums."""
     height = 0
     for name, writer in writers.items():

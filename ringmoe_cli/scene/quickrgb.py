@@ -16,7 +16,8 @@ def draw_bands(source: Path, picture: Path) -> None:
     """
     from PIL import Image
 
-    with rasterio.open(source) as dataset:
+    name = f"ZARR:{source}:/features" if source.suffix == ".zarr" else source
+    with rasterio.open(name) as dataset:
         shrink = max(1.0, max(dataset.shape) / LONGEST)
         shape = (round(dataset.height / shrink), round(dataset.width / shrink))
         bands = [1, 2, 3] if dataset.count >= 3 else [1, 1, 1]
