@@ -219,24 +219,6 @@ def test_other_sampling_distances_are_resampled_or_refused(model, tmp_path):
                                       "--overwrite")  # fmt: skip
 
 
-@pytest.mark.slow
-def test_kill_9_and_again_gives_the_same_bytes(model, tmp_path):
-    path = write_scene(tmp_path / "big.tif", 1500, 1500)
-    command = [sys.executable, "-m", "ringmoe_cli", "predict", str(path), "-m", str(model), "-o"]
-    straight, broken = tmp_path / "straight.tif", tmp_path / "broken.tif"
-    subprocess.run([*command, str(straight)], check=True, capture_output=True)
-    child = subprocess.Popen([*command, str(broken)], stdout=subprocess.DEVNULL)
-    part = tmp_path / "broken.tif.part"
-    while child.poll() is None and len(list(part.glob("rows-*.safetensors"))) < 20:
-        time.sleep(0.01)
-    os.kill(child.pid, signal.SIGKILL)
-    child.wait()
-    assert not broken.exists()
-    assert len(list(part.glob("rows-*.safetensors"))) >= 20
-    subprocess.run([*command, str(broken)], check=True, capture_output=True)
-    assert broken.read_bytes() == straight.read_bytes()
-
-
 def test_masked_pixels_become_nodata(model, tmp_path):
     path = write_scene(tmp_path / "s.tif", 40, 60, names=(*BANDS, "scl"), hole=False)
     classes = np.random.default_rng(1).integers(1, 12, (40, 60)).astype(np.uint16)
@@ -269,34 +251,3 @@ def test_rio_knows_the_command(model, scene, monkeypatch):
     assert done.exit_code == 0
     assert done.stdout.strip() == str(scene.with_name("scene_segmentation.tif"))
     assert ClickRunner().invoke(ringmoe, ["predict", "none.tif", "-m", str(model)]).exit_code == 1
-
-
-def test_pipes_carry_scene_and_map(model, scene):
-    command = [sys.executable, "-m", "ringmoe_cli", "predict", "/vsistdin/", "-m", str(model)]
-    done = subprocess.run(
-        [*command, "-o", "-"], input=scene.read_bytes(), capture_output=True, check=True
-    )
-    run(scene, "-m", model)
-    assert done.stdout == scene.with_name("scene_segmentation.tif").read_bytes()
-    done = run("/vsistdin/", "-m", model, "-o", "-", stdin="")
-    assert "nothing came" in str(done.exception)
-
-
-@pytest.mark.distributed
-def test_workers_make_the_same_map(model, tmp_path, scene):
-    path = write_scene(tmp_path / "tall.tif", 500, 60)
-    one, many = tmp_path / "one.tif", tmp_path / "many.tif"
-    command = [sys.executable, "-m", "ringmoe_cli", "predict", "-m", str(model), "--workers", "2"]
-    quiet = {**os.environ, "OMP_NUM_THREADS": "1"}
-    subprocess.run([*command[:-2], str(path), "-o", str(one)], check=True, env=quiet)
-    subprocess.run([*command, str(path), "-o", str(many)], check=True, env=quiet)
-    assert one.read_bytes() == many.read_bytes()
-    listed = [str(path), str(scene), str(tmp_path / "none.tif")]
-    done = subprocess.run(
-        [*command, *listed, "-o", str(tmp_path / "maps"), "--json"],
-        check=False, env=quiet, capture_output=True, text=True,
-    )  # fmt: skip
-    assert done.returncode == 1
-    assert len(done.stdout.splitlines()) == 2
-    assert "1 of 3 scenes failed" in done.stderr
-    assert (tmp_path / "maps/tall_segmentation.tif").read_bytes() == one.read_bytes()
