@@ -64,7 +64,7 @@ def test_values_are_changed_by_set() -> None:
     assert recipe.train.lr == 1e-4
     assert recipe.modalities["opt"].weight == 0
     assert recipe.modalities["ms"].bands == ("red", "nir")
-    assert recipe.modalities["ms"].weight == 0.2
+    assert recipe.modalities["ms"].weight == 0.1
     assert recipe.model_config({"opt": 3}).gate == "normalized"
 
 

@@ -44,7 +44,12 @@ class DemoRequest:
     """Rows between, as many as a window has, that nobody uses."""
     held_out_height: int = 256
     """Rows that are mapped and scored."""
-    pretraining: tuple[str, ...] = ("train.steps=60", "train.batch_size=32", "train.save_every=30")
+    pretraining: tuple[str, ...] = (
+        "train.steps=60", "train.batch_size=32", "train.save_every=30", "train.lr=1e-3",
+        "train.warmup_steps=20", "model.mask_cell=16",
+        "modalities.opt.weight=0.7", "modalities.ms.weight=0.2",
+        "modalities.sar-l1.weight=0.05", "modalities.sar-l2.weight=0.05",
+    )  # fmt: skip
     """What differs from the recipe pretrain-nano."""
     finetuning: tuple[str, ...] = (
         "train.steps=300", "train.batch_size=16", "train.lr=2e-3", "task.channels=32"
