@@ -48,7 +48,7 @@ def copy(scene: Path, out: Path) -> None:
     import zarr
 
     from ringmoe_cli.scene.raster import SAFE_OPTIONS
-    from ringmoe_cli.scene.store.layout import codec
+    from ringmoe_cli.scene.store.chunks import codec
 
     with rasterio.Env(**SAFE_OPTIONS), rasterio.open(scene) as source:
         array = zarr.create_array(

@@ -24,6 +24,7 @@ from ringmoe_cli.scene.reader import SceneReader
 from ringmoe_cli.scene.sensors import open_scene
 from ringmoe_cli.scene.store import chunks, regions
 from ringmoe_cli.scene.store.layout import VALID_RUN
+from ringmoe_cli.scene.store.shards import RUN
 from ringmoe_cli.scene.tiles import open_store
 from ringmoe_cli.scene.tiling import Labelled, Settings, tile_scenes
 
@@ -73,17 +74,21 @@ def test_the_store_holds_values_validity_and_statistics(scene, tmp_path):
     st.sampled_from([16, 64]),
     st.integers(1, 130),
     st.integers(1, 800),
+    st.booleans(),
 )
 @settings(deadline=None)
-def test_regions_are_whole_chunks_that_cover_once(height, width, tile, tall_block, wide_block):
+def test_regions_are_whole_files_that_cover_once(
+    height, width, tile, tall_block, wide_block, shards
+):
     seen = np.zeros((height, width), int)
+    unit = tile * (RUN if shards else VALID_RUN)
     for row, col, tall, wide in regions.region_windows(
-        Grid(height, width), tile, 8, (tall_block, min(wide_block, width))
+        Grid(height, width), tile, 8, (tall_block, min(wide_block, width)), shards
     ):
         assert row % tile == 0
-        assert col % (tile * VALID_RUN) == 0
+        assert col % unit == 0
         assert (row + tall) % tile == 0 or row + tall == height
-        assert (col + wide) % (tile * VALID_RUN) == 0 or col + wide == width
+        assert (col + wide) % unit == 0 or col + wide == width
         seen[row : row + tall, col : col + wide] += 1
     assert (seen == 1).all()
 
@@ -153,26 +158,30 @@ def stop_after(monkeypatch, count):
     return done
 
 
+@pytest.mark.parametrize("shards", [False, True])
 @pytest.mark.parametrize("damage", ["none", "chunk", "line"])
-def test_an_interrupted_run_is_continued_bit_for_bit(scene, tmp_path, monkeypatch, damage):
+def test_an_interrupted_run_is_continued_bit_for_bit(scene, tmp_path, monkeypatch, damage, shards):
     out, part = tmp_path / "t.zarr", tmp_path / "t.zarr.part"
-    one = Engine(threads=1)
-    tile_scenes([Labelled(scene)], tmp_path / "whole.zarr", Settings(tile=64, engine=one))
+    side = 16 if shards else 64
+    monkeypatch.setattr(regions, "REGION_BYTES", 4 * 2 * 64 * 64)
+    how = Settings(tile=side, shards=shards, engine=Engine(threads=1))
+    tile_scenes([Labelled(scene)], tmp_path / "whole.zarr", how)
     stop_after(monkeypatch, 3)
     with pytest.raises(StoppedError):
-        tile_scenes([Labelled(scene)], out, Settings(tile=64, engine=one))
+        tile_scenes([Labelled(scene)], out, how)
     assert not out.exists()
     manifest = (part / "manifest.jsonl").read_text()
     finished = [json.loads(x) for x in manifest.splitlines() if x]
     assert len(finished) >= 2
     if damage == "chunk":
-        row, col = (v // 64 for v in finished[0]["window"][:2])
-        (part / "scene" / "image" / f"0.{row}.{col}").write_bytes(b"torn")
+        row, col = (v // side for v in finished[0]["window"][:2])
+        name = f"c.0.{row}.{col // RUN}" if shards else f"0.{row}.{col}"
+        (part / "scene" / "image" / name).write_bytes(b"torn")
         (part / "scene" / ".0f0f.partial").write_bytes(b"left by a killed writer")
     if damage == "line":
         (part / "manifest.jsonl").write_text(manifest + '{"scene": "sce')
     again = stop_after(monkeypatch, 10**6)
-    tile_scenes([Labelled(scene)], out, Settings(tile=64, engine=one))
+    tile_scenes([Labelled(scene)], out, how)
     total = len((out / "manifest.jsonl").read_text().splitlines())
     assert len(again) == total - len(finished) + (damage == "chunk")
     assert contents(out) == contents(tmp_path / "whole.zarr")

@@ -34,6 +34,10 @@ def tile(
         str | None, typer.Option(help="Class of pixels outside all polygons (default: ignored).")
     ] = None,
     tile_size: Annotated[int, typer.Option(min=16, help="Side of a chunk in pixels.")] = 256,
+    shards: Annotated[
+        bool,
+        typer.Option("--shards", help="Zarr v3, 16 chunks a file, for parallel file systems."),
+    ] = False,
     min_valid: Annotated[
         float, typer.Option(min=0, max=1, help="Training leaves out windows with less valid area.")
     ] = 0.5,
@@ -84,6 +88,7 @@ def tile(
             min_valid=min_valid,
             skip_bad=skip_bad,
             allow_remote=allow_remote,
+            shards=shards,
             overwrite=overwrite,
             engine=Engine(workers, scheduler, parse_slurm(slurm)),
         ),

@@ -18,6 +18,7 @@ from ringmoe_cli.scene.labelled.boxes_io import find_boxes
 from ringmoe_cli.scene.labelled.folder_images import FolderImage, Images, measure
 from ringmoe_cli.scene.labelled.labelcode import ClassList
 from ringmoe_cli.scene.labelled.store_scenes import StorePlace, statistics
+from ringmoe_cli.scene.tiles import is_store, open_store
 
 
 def in_boxes(request: DataRequest) -> Found:
@@ -49,7 +50,7 @@ def box_scenes(
         published = box_benchmark(request.benchmark, request.task, request.rotated)
         known = known or published.classes
     said = ",".join(known) or request.classes
-    if (paths[0] / ".zgroup").is_file():
+    if is_store(paths[0]):
         return from_stores(request, paths, said)
     if len(paths) > 1:
         raise LabelError("give one folder of images with boxes, or several tile stores")
@@ -64,8 +65,6 @@ def from_stores(
     request: DataRequest, paths: Sequence[Path], said: str | None
 ) -> tuple[list[BoxScene], tuple[str, ...]]:
     """Scenes of tile stores under the polygons of `--labels`."""
-    from ringmoe_cli.scene.tiles import open_store
-
     if request.task == "tracking":
         raise LabelError("tracking learns from clips in folders, not from stores")
     if request.labels is None:

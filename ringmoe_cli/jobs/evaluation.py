@@ -19,6 +19,7 @@ from ringmoe_cli import console
 from ringmoe_cli.errors import CheckpointError, LabelError
 from ringmoe_cli.jobs.scores import write_evaluation
 from ringmoe_cli.jobs.taskdata import BOXES, DataRequest, Windows, find_items, open_windows
+from ringmoe_cli.scene.tiles import is_store
 
 SMALLEST = 0.2
 """Share of labelled pixels a window needs to count among the worst."""
@@ -193,8 +194,9 @@ def names_for(data: DataRequest, config: CheckpointConfig) -> str | None:
     """The model's own class names, for folders that do not list theirs."""
     root = data.paths[0]
     listed = any((root / n).is_file() for n in ("classes.csv", "classes.txt"))
-    is_store = (root / ".zgroup").is_file()
-    return None if listed or is_store or config.task is None else ",".join(config.task.classes)
+    return (
+        None if listed or is_store(root) or config.task is None else ",".join(config.task.classes)
+    )
 
 
 def translation(names: Sequence[str], known: Sequence[str]) -> torch.Tensor | None:

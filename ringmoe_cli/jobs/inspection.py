@@ -18,7 +18,9 @@ def of_path(target: str, allow_remote: bool = False) -> Report:
     path = Path(target)
     if (path / "config.json").is_file():
         return of_checkpoint(path)
-    if path.is_dir() and ((path / ".zgroup").exists() or (path / "zarr.json").exists()):
+    from ringmoe_cli.scene.tiles import is_store
+
+    if is_store(path):
         return of_store(path)
     return of_scene(target, allow_remote)
 

@@ -59,9 +59,9 @@ def picture_channels(strip: NDArray[np.float32], shown: Sequence[int]) -> NDArra
 
 def draw_quicklook(target: str, path: Path, allow_remote: bool = False) -> None:
     """Draw a scene, or the first scenes of a store, into a PNG."""
-    if (Path(target) / ".zattrs").exists():
-        from ringmoe_cli.scene.tiles import open_store
+    from ringmoe_cli.scene.tiles import is_store, open_store
 
+    if is_store(Path(target)):
         scenes = open_store(target).scenes[:MOST_SCENES]
         panels = {s.name: look(s, s.grid, s.scene.channels) for s in scenes}
     else:

@@ -20,6 +20,7 @@ from ringmoe_cli.scene.labelled.splits import (
     split_by_image,
     windows_of,
 )
+from ringmoe_cli.scene.tiles import is_store, open_store
 
 BOXES = ("detection", "tracking")
 """Tasks whose labels are boxes."""
@@ -179,7 +180,7 @@ def find_items(request: DataRequest) -> Found:
         from ringmoe_cli.jobs.boxdata import in_boxes
 
         return in_boxes(request)
-    if (request.paths[0] / ".zgroup").is_file():
+    if is_store(request.paths[0]):
         return in_stores(request)
     if len(request.paths) > 1:
         raise LabelError("give one labelled folder, or several tile stores")
@@ -196,7 +197,6 @@ def check_exists(paths: Sequence[Path]) -> None:
 def in_stores(request: DataRequest) -> Found:
     """Labelled scenes of tile stores."""
     from ringmoe_cli.scene.labelled.store_scenes import StorePlace, labelled_places, statistics
-    from ringmoe_cli.scene.tiles import open_store
 
     if request.task == "classification":
         raise LabelError("classification learns from class folders or a CSV list, not from stores")

@@ -1,4 +1,4 @@
-"""The tile store: one Zarr v2 group per scene, the raster whole on its own grid.
+"""The tile store: one Zarr group per scene, the raster whole on its own grid.
 
     tiles.zarr/                    attributes: schema, scene names
       manifest.jsonl               one line per region, with a checksum
@@ -9,7 +9,7 @@
         labels_<task> (y, x)       classes (255: ignore) or values (NaN: ignore)
         band, y, x, spatial_ref    CF coordinates; x and y are pixel centres
 
-GDAL, QGIS, xarray and rioxarray open it in place.
+GDAL, QGIS, xarray and rioxarray open it in place. With shards it is Zarr v3 (GDAL from 3.13).
 """
 
 import json
@@ -210,17 +210,25 @@ def stored_scene(folder: Path) -> StoredScene:
         raise StoreError(f"{folder} is not a scene of a tile store: {error}") from error
 
 
+def is_store(folder: Path) -> bool:
+    """Whether a folder is a Zarr group of either version."""
+    return (folder / ".zgroup").is_file() or (folder / "zarr.json").is_file()
+
+
 def read_attributes(folder: Path) -> dict[str, Any]:
-    """Attributes of a Zarr v2 group.
+    """Attributes of a Zarr group of either version.
 
     Raises:
         StoreError: if the folder is no such group.
     """
-    if not (folder / ".zgroup").is_file():
+    if not is_store(folder):
         raise StoreError(f"{folder} is not a tile store (make one with ringmoe tile)")
     try:
-        found = json.loads((folder / ".zattrs").read_text("utf-8"))
-    except (OSError, ValueError) as error:
+        if (folder / "zarr.json").is_file():
+            found = json.loads((folder / "zarr.json").read_text("utf-8"))["attributes"]
+        else:
+            found = json.loads((folder / ".zattrs").read_text("utf-8"))
+    except (OSError, ValueError, KeyError) as error:
         raise StoreError(f"{folder}: attributes cannot be read ({error})") from error
     return dict(found)
 

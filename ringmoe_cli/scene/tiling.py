@@ -54,6 +54,8 @@ class Settings:
     """Mark undecodable blocks invalid instead of failing."""
     allow_remote: bool = False
     """Let GDAL use the network."""
+    shards: bool = False
+    """Zarr v3 with several chunks a file, instead of v2 with one."""
     overwrite: bool = False
     """Replace a finished store."""
     engine: Engine = field(default_factory=Engine)
@@ -129,6 +131,7 @@ def plan_sources(scenes: Sequence[Labelled], part: Path, settings: Settings) -> 
                 settings.skip_bad,
                 settings.allow_remote,
                 gdal_settings(),
+                settings.shards,
                 run_name,
             )
         )
@@ -150,7 +153,7 @@ def windows_of(source: Source) -> list[Window]:
         block = dataset.block_shapes[0]
     shaped = (block[0] * first.zoom, block[1] * first.zoom)
     pixel = max(len(scene.bands), len(scene.channels)) * np.dtype(scene.dtype).itemsize
-    return region_windows(scene.grid, source.tile, pixel, shaped)
+    return region_windows(scene.grid, source.tile, pixel, shaped, source.shards)
 
 
 def fingerprint(sources: Sequence[Source], settings: Settings) -> str:
@@ -164,6 +167,7 @@ def fingerprint(sources: Sequence[Source], settings: Settings) -> str:
         "tile": settings.tile,
         "skip_bad": settings.skip_bad,
         "min_valid": settings.min_valid,
+        "shards": settings.shards,
     }
     return json.dumps(about, sort_keys=True, default=str)
 
@@ -186,10 +190,10 @@ def prepare(part: Path, sources: Sequence[Source], print_: str) -> None:
     import zarr
 
     part.parent.mkdir(parents=True, exist_ok=True)
-    zarr.create_group(store=part, zarr_format=2)
+    zarr.create_group(store=part, zarr_format=3 if sources[0].shards else 2)
     for source in sources:
         layers = {t: v.layer for t, v in source.labels.items()}
-        layout.create_scene(source.folder, source.scene, source.tile, layers)
+        layout.create_scene(source.folder, source.scene, source.tile, layers, source.shards)
     (part / MANIFEST).touch()
     write_synced(marker, print_)
 

@@ -1,4 +1,4 @@
-"""Chunks of a Zarr v2 array, read and written one file at a time.
+"""Chunks of a Zarr array, read and written one file at a time.
 
 The array is described by zarr; only the chunk files pass through here, because a window needs a
 few of them and zarr's machinery costs several times their decoding. The tests compare with zarr.
@@ -15,6 +15,8 @@ from typing import Any, Self
 
 import numpy as np
 from numpy.typing import NDArray
+
+from ringmoe_cli.scene.store.shards import RUN, pack, unpack
 
 CACHE_BYTES = 128 * 2**20
 """Decoded chunks kept per process, whatever the number of arrays: enough for runs of neighbours."""
@@ -51,25 +53,27 @@ CACHE = ChunkCache(CACHE_BYTES)
 
 
 class ChunkedArray:
-    """A Zarr v2 array (…, y, x) in a local folder, chunked along y and x only.
+    """A Zarr array (…, y, x) in a local folder, chunked along y and x only.
 
-    Reading is safe from any thread; writing is safe for windows that share no chunk.
+    Version 2 has a file per chunk, version 3 one per `shards.RUN` chunks in a row. Reading is safe
+    from any thread; writing is safe for windows that share no file.
     """
 
     def __init__(self, folder: Path, *, cache: ChunkCache = CACHE) -> None:
         import zarr
 
-        described = zarr.open_array(store=folder, mode="r", zarr_format=2)
+        described = zarr.open_array(store=folder, mode="r")
         self.folder = folder
         self.shape: tuple[int, ...] = described.shape
         self.dtype: np.dtype[Any] = described.dtype
         self.chunks: tuple[int, ...] = described.chunks
         self.fill = described.fill_value if described.fill_value is not None else 0
         self.attrs: dict[str, Any] = dict(described.attrs)
-        self.codec: Any = described.compressors[0]
-        self._lead = ".".join("0" for _ in self.shape[:-2])
+        self.sharded = described.shards is not None
+        self.codec: Any = codec() if self.sharded else described.compressors[0]
+        self._lead = ("c",) * self.sharded + ("0",) * len(self.shape[:-2])
         self.cache = cache
-        self.written = file_time(folder / ".zarray")
+        self.written = file_time(folder / ("zarr.json" if self.sharded else ".zarray"))
 
     def read(self, row: int, col: int, height: int, width: int) -> NDArray[Any]:
         """Values (…, height, width) of a window inside the array."""
@@ -94,44 +98,51 @@ class ChunkedArray:
         return values
 
     def write(self, row: int, col: int, values: NDArray[Any]) -> int:
-        """Write a window that begins at a chunk's corner and ends at one or at the array's edge.
+        """Write a window that begins at a file's corner and ends at one or at the array's edge.
 
         Returns:
-            Checksum of the bytes that are now in its chunk files, see `checksum`.
+            Checksum of the bytes that are now in its files, see `checksum`.
         """
         check = 0
-        for i, j, top, left in self._chunks(row, col, *values.shape[-2:]):
-            tall, wide = self.chunks[-2:]
-            data = self._encode(values[..., top : top + tall, left : left + wide])
-            overwrite(self._path(i, j), data)
+        tall, wide = self.chunks[-2:]
+        for path, top, left, right in self._files(row, col, *values.shape[-2:]):
+            rows = values[..., top : top + tall, left:right]
+            found = [self._encode(rows[..., x : x + wide]) for x in range(0, right - left, wide)]
+            data = pack(found) if self.sharded else found[0]
+            overwrite(path, data)
             check = zlib.crc32(data, check)
         return check
 
     def checksum(self, row: int, col: int, height: int, width: int) -> int:
-        """CRC-32 of the chunk files of a window, one after the other, as they are on disk."""
+        """CRC-32 of the files of a window, one after the other, as they are on disk."""
         check = 0
-        for i, j, _, _ in self._chunks(row, col, height, width):
+        for path, *_ in self._files(row, col, height, width):
             with suppress(FileNotFoundError):
-                check = zlib.crc32(self._path(i, j).read_bytes(), check)
+                check = zlib.crc32(path.read_bytes(), check)
         return check
 
-    def _chunks(
+    def _files(
         self, row: int, col: int, height: int, width: int
-    ) -> Iterator[tuple[int, int, int, int]]:
-        """Indexes of a window's chunks, and where in the window each begins."""
-        tall, wide = self.chunks[-2:]
-        assert row % tall == 0, "windows begin at a chunk"
-        assert col % wide == 0, "windows begin at a chunk"
+    ) -> Iterator[tuple[Path, int, int, int]]:
+        """A window's files, and where in the window each begins, and ends to the right."""
+        tall, wide = self.chunks[-2], self.chunks[-1] * (RUN if self.sharded else 1)
+        assert row % tall == 0, "windows begin at a file"
+        assert col % wide == 0, "windows begin at a file"
         for top in range(0, height, tall):
             for left in range(0, width, wide):
-                yield (row + top) // tall, (col + left) // wide, top, left
+                path = self._path((row + top) // tall, (col + left) // wide)
+                yield path, top, left, min(left + wide, width)
 
     def _path(self, i: int, j: int) -> Path:
-        return self.folder / ".".join(filter(None, (self._lead, str(i), str(j))))
+        """The file of this number downwards and to the right."""
+        return self.folder / ".".join((*self._lead, str(i), str(j)))
 
     def _decode(self, i: int, j: int) -> NDArray[Any]:
         try:
-            data = self._path(i, j).read_bytes()
+            if self.sharded:
+                data = unpack(self._path(i, j // RUN), j % RUN)
+            else:
+                data = self._path(i, j).read_bytes()
         except FileNotFoundError:
             return np.full(self.chunks, self.fill, self.dtype)
         return np.frombuffer(self.codec.decode(data), self.dtype).reshape(self.chunks)
@@ -155,6 +166,14 @@ class ChunkedArray:
     def of(cls, folder: str | os.PathLike[str], name: str) -> Self:
         """The array of this name in a group's folder."""
         return cls(Path(folder) / name)
+
+
+def codec() -> Any:
+    """How chunks are compressed: see benchmarks/codecs.md for the choice."""
+    from numcodecs import Blosc, blosc
+
+    blosc.use_threads = False  # chunks are the unit of parallel work; and bytes stay the same
+    return Blosc(cname="lz4", clevel=5, shuffle=Blosc.SHUFFLE)
 
 
 def overwrite(path: Path, data: bytes) -> None:

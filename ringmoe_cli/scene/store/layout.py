@@ -1,7 +1,7 @@
 """Creating a store's groups and arrays, with the attributes that GDAL and xarray look for."""
 
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from dataclasses import asdict
 from pathlib import Path
@@ -11,40 +11,41 @@ import numpy as np
 
 from ringmoe_cli.scene.grid import Grid
 from ringmoe_cli.scene.scene import Scene
+from ringmoe_cli.scene.store.chunks import ChunkedArray, codec
+from ringmoe_cli.scene.store.shards import RUN
 from ringmoe_cli.scene.tiles import SCHEMA, LabelLayer, scene_to_dict
 
 VALID_RUN = 4
 """Chunks of the image, side by side, that share a chunk of the mask: it is mostly constant, and
-files cost more to create than to fill."""
+files cost more to create than to fill. Not where shards do the same."""
 
 
-def codec() -> Any:
-    """How chunks are compressed: see benchmarks/codecs.md for the choice."""
-    from numcodecs import Blosc, blosc
-
-    blosc.use_threads = False  # chunks are the unit of parallel work; and bytes stay the same
-    return Blosc(cname="lz4", clevel=5, shuffle=Blosc.SHUFFLE)
-
-
-def create_scene(folder: Path, scene: Scene, tile: int, layers: Mapping[str, LabelLayer]) -> None:
+def create_scene(
+    folder: Path,
+    scene: Scene,
+    tile: int,
+    layers: Mapping[str, LabelLayer],
+    shards: bool = False,
+) -> None:
     """Create a scene's group with empty arrays; statistics come at the end."""
     import zarr
 
-    group = zarr.create_group(store=folder, zarr_format=2, overwrite=True)
+    group = zarr.create_group(store=folder, zarr_format=3 if shards else 2, overwrite=True)
     grid, place = scene.grid, placement(scene.grid)
     plane = ("y", "x")
     chunk = (tile, tile)
     shape = (grid.height, grid.width)
     image = add(group, "image", ("band", *plane), (len(scene.bands), *shape), scene.dtype,
-                (len(scene.bands), *chunk), fill=common_nodata(scene))  # fmt: skip
+                (len(scene.bands), *chunk), fill=common_nodata(scene), shards=shards)  # fmt: skip
     image.attrs.update({**place, "long_name": list(scene.band_names)})
-    add(group, "valid", plane, shape, "uint8", (tile, tile * VALID_RUN)).attrs.update(place)
+    mask = chunk if shards else (tile, tile * VALID_RUN)
+    add(group, "valid", plane, shape, "uint8", mask, shards=shards).attrs.update(place)
     tiles = (-(-grid.height // tile), -(-grid.width // tile))
-    add(group, "windows", ("tile_y", "tile_x"), tiles, "float32", tiles)
+    add(group, "windows", ("tile_y", "tile_x"), tiles, "float32", tiles, shards=shards)
     for layer in layers.values():
-        array = add(group, layer.array, plane, shape, layer.dtype, chunk, fill=layer.ignore)
+        array = add(group, layer.array, plane, shape, layer.dtype, chunk, layer.ignore, shards)
         array.attrs.update({**place, "classes": list(layer.classes), "unit": layer.unit})
-    add_coordinates(group, scene)
+    add_coordinates(group, grid, scene.band_names)
 
 
 def add(
@@ -55,13 +56,25 @@ def add(
     dtype: Any,
     chunks: tuple[int, ...],
     fill: float | None = None,
+    shards: bool = False,
 ) -> Any:
-    """One empty array with named dimensions."""
-    array = group.create_array(
-        name, shape=shape, dtype=dtype, chunks=chunks, compressors=[codec()], fill_value=fill
+    """One empty array with named dimensions, in the group's format."""
+    common = {"shape": shape, "dtype": dtype, "chunks": chunks, "fill_value": fill}
+    if group.metadata.zarr_format == 2:
+        array = group.create_array(name, compressors=[codec()], **common)
+        array.attrs["_ARRAY_DIMENSIONS"] = list(dims)
+        return array
+    from zarr.codecs import BloscCodec
+
+    files = (*chunks[:-1], chunks[-1] * RUN) if shards else None
+    return group.create_array(
+        name,
+        shards=files,
+        dimension_names=dims,
+        compressors=[BloscCodec(cname="lz4", clevel=5, shuffle="shuffle")],
+        chunk_key_encoding={"name": "default", "separator": "."},
+        **common,
     )
-    array.attrs["_ARRAY_DIMENSIONS"] = list(dims)
-    return array
 
 
 def placement(grid: Grid) -> dict[str, Any]:
@@ -75,11 +88,11 @@ def placement(grid: Grid) -> dict[str, Any]:
     return {"grid_mapping": "spatial_ref", "_CRS": {"wkt": grid.crs}}
 
 
-def add_coordinates(group: Any, scene: Scene) -> None:
+def add_coordinates(group: Any, grid: Grid, band_names: Sequence[str]) -> None:
     """Band names, pixel-centre x and y, and the CF grid mapping."""
-    grid = scene.grid
-    names = np.array(scene.band_names)
-    bands = add(group, "band", ("band",), names.shape, names.dtype, names.shape)
+    names = np.array(band_names)
+    text = names.dtype if group.metadata.zarr_format == 2 else str  # version 3 has no fixed width
+    bands = add(group, "band", ("band",), names.shape, text, names.shape)
     bands[:] = names
     if not grid.is_rectilinear:
         return
@@ -104,7 +117,8 @@ def add_grid_mapping(group: Any, grid: Grid) -> None:
     with suppress(CRSError):  # systems that PROJ does not know keep their WKT
         about = {**CRS.from_user_input(grid.crs).to_cf(), **about}
     about["GeoTransform"] = f"{c} {a} {b} {f} {d} {e}"
-    about["_ARRAY_DIMENSIONS"] = []
+    if group.metadata.zarr_format == 2:
+        about["_ARRAY_DIMENSIONS"] = []
     mapping.attrs.update(about)
 
 
@@ -131,8 +145,8 @@ def finish_scene(
     """Write a scene's statistics, window index and description; consolidate its metadata."""
     import zarr
 
-    group: Any = zarr.open_group(folder, mode="r+", zarr_format=2)
-    group["windows"][:] = fractions
+    group: Any = zarr.open_group(folder, mode="r+")
+    ChunkedArray.of(folder, "windows").write(0, 0, np.asarray(fractions, np.float32))
     group.attrs.update(
         {
             "scene": scene_to_dict(scene),
@@ -149,13 +163,15 @@ def finish_store(folder: Path, names: list[str]) -> None:
     """Name the scenes in the root group and consolidate everything."""
     import zarr
 
-    group = zarr.open_group(folder, mode="a", zarr_format=2)
+    group = zarr.open_group(folder, mode="r+")
     group.attrs.update({"ringmoe_store": SCHEMA, "scenes": names})
     consolidate(folder)
 
 
 def consolidate(folder: Path) -> None:
-    """Gather a group's metadata in one file, as xarray and GDAL like to find it."""
+    """Gather a group's metadata in one file, as xarray and GDAL like to find it in version 2."""
+    if (folder / "zarr.json").is_file():
+        return  # version 3 does not define it
     parts = sorted(p for p in folder.rglob(".z*") if p.name in (".zgroup", ".zarray", ".zattrs"))
     metadata = {str(p.relative_to(folder)): json.loads(p.read_text("utf-8")) for p in parts}
     whole = {"metadata": metadata, "zarr_consolidated_format": 1}

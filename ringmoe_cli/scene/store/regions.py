@@ -19,6 +19,7 @@ from ringmoe_cli.scene.reader import SceneReader
 from ringmoe_cli.scene.scene import Scene
 from ringmoe_cli.scene.store.chunks import ChunkedArray
 from ringmoe_cli.scene.store.layout import VALID_RUN
+from ringmoe_cli.scene.store.shards import RUN
 from ringmoe_cli.scene.store.statistics import region_moments
 
 REGION_BYTES = 16 * 2**20
@@ -46,6 +47,8 @@ class Source:
     """Let GDAL use the network."""
     gdal: Mapping[str, str] = field(default_factory=dict)
     """GDAL's settings in the environment of whoever started the run."""
+    shards: bool = False
+    """Zarr v3, several chunks a file."""
     run: str = ""
     """Names the run: handles that a process keeps open belong to one run only."""
 
@@ -69,8 +72,10 @@ class Region:
     """A whole number of chunks, clipped to the scene."""
 
 
-def region_windows(grid: Grid, tile: int, pixel_bytes: int, block: tuple[int, int]) -> list[Window]:
-    """Regions that cover a scene in whole chunks, shaped after the file's blocks.
+def region_windows(
+    grid: Grid, tile: int, pixel_bytes: int, block: tuple[int, int], shards: bool = False
+) -> list[Window]:
+    """Regions that cover a scene in whole files, shaped after the scene file's blocks.
 
     Strips are read in full rows, since a part of a strip costs the whole; tiled files in squares
     aligned to their blocks, since a part of a block costs the whole.
@@ -79,10 +84,11 @@ def region_windows(grid: Grid, tile: int, pixel_bytes: int, block: tuple[int, in
         grid: the scene's grid.
         tile: side of a chunk.
         pixel_bytes: bytes of one pixel in all bands.
-        block: rows and columns of a block of the file.
+        block: rows and columns of a block of the scene's file.
+        shards: whether chunks share files.
     """
     pixels = REGION_BYTES // pixel_bytes
-    run = tile * VALID_RUN
+    run = tile * (RUN if shards else VALID_RUN)
     if block[1] >= grid.width:
         width = -(-grid.width // run) * run
         height = max(1, pixels // (width * tile)) * tile
