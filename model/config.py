@@ -199,6 +199,8 @@ class TaskConfig:
     """Width of the decoder; 64 is enough for `nano`."""
     adapter: int = 0
     """Width of the Convpass bypasses beside the encoder's blocks; 0: none."""
+    detail: int = 0
+    """Maps: width of the path from the pixels past the encoder (`model.decoders.Detail`)."""
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> Self:

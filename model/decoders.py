@@ -87,19 +87,58 @@ class UPerNet(nn.Module):
         return mixed
 
 
+class Detail(nn.Module):
+    """What the pixels of a modality themselves say: two narrow convolutions at full resolution.
+
+    A token holds 16 pixels of every band in a few numbers, and the norm of the patch embedding
+    takes their common level out; maps need both back. Nothing is normalised here for that reason.
+    """
+
+    def __init__(self, inputs: int, width: int, compress: bool) -> None:
+        """Random weights.
+
+        Args:
+            inputs: channels of the images.
+            width: channels of the answer.
+            compress: take inverse hyperbolic sines of the pixels first, which keep sign and
+                order: linear radar power spans four orders of magnitude.
+        """
+        super().__init__()
+        self.compress = compress
+        self.look = nn.Conv2d(inputs, width, 3, padding=1)
+        self.mix = nn.Conv2d(width, width, 3, padding=1)
+
+    def forward(self, image: Tensor) -> Tensor:
+        """(B, C, H, W) -> (B, width, H, W)."""
+        x = image.to(self.look.weight.dtype)
+        if self.compress:
+            x = torch.asinh(x * COMPRESSION) / 4
+        detail: Tensor = F.gelu(self.mix(F.gelu(self.look(x))))
+        return detail
+
+
+COMPRESSION = 300.0
+"""Values beyond 1/300 of the scale are compressed logarithmically."""
+
+
 class PixelHead(nn.Module):
     """From the stride-4 grid back to pixels: each token answers for its own 4 × 4 pixels.
 
     A token was embedded from those very pixels, so it can say where a border runs between them,
-    which upsampled logits cannot.
+    which upsampled logits cannot. With `detail` the pixels have their own say beside it.
     """
 
-    def __init__(self, channels: int, outputs: int, stride: int = 4) -> None:
+    def __init__(self, channels: int, outputs: int, stride: int = 4, detail: int = 0) -> None:
         super().__init__()
         self.stride = stride
-        self.answer = nn.Conv2d(channels, outputs * stride**2, 1)
+        self.hidden = max(outputs, detail) if detail else outputs
+        self.answer = nn.Conv2d(channels, self.hidden * stride**2, 1)
+        self.judge = nn.Conv2d(self.hidden + detail, outputs, 1) if detail else None
 
-    def forward(self, x: Tensor, size: tuple[int, int]) -> Tensor:
-        """(B, channels, ceil(H/4), ceil(W/4)) -> (B, outputs, H, W)."""
-        pixels = F.pixel_shuffle(self.answer(x), self.stride)
-        return pixels[..., : size[0], : size[1]]
+    def forward(self, x: Tensor, size: tuple[int, int], detail: Tensor | None = None) -> Tensor:
+        """(B, channels, ceil(H/4), ceil(W/4)) -> (B, outputs, H, W); detail is (B, d, H, W)."""
+        pixels = F.pixel_shuffle(self.answer(x), self.stride)[..., : size[0], : size[1]]
+        if self.judge is None or detail is None:
+            return pixels
+        answer: Tensor = self.judge(torch.cat([F.gelu(pixels), detail], 1))
+        return answer

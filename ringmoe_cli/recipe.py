@@ -77,6 +77,8 @@ class TaskRecipe:
     """Side of the training window in pixels; 0: the encoder's image size."""
     channels: int = 64
     """Width of the decoder."""
+    detail: int = 0
+    """Maps: width of the path from the pixels past the encoder; 0: none."""
     rotated: bool = False
     """Detection: boxes carry an angle."""
     freeze: bool = False

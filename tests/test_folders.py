@@ -168,6 +168,35 @@ def test_image_and_label_are_moved_and_turned_together():
     assert len(seen) >= 4  # turned in several ways
 
 
+def test_radar_amplitudes_are_moved_but_never_turned():
+    from model.normalisation import Normalisation
+
+    item = Drawn(100, 90)
+    item.channels = {"sar-l2": ("red", "green", "blue")}
+    item.read = lambda window: {"sar-l2": Drawn.read(item, window)["opt"]}
+    item.label = lambda window: 1
+    windows = LabelledWindows([item], tiled(0, Drawn(100, 90), 32), 32)
+    windows.normalisation = {"sar-l2": Normalisation(("r", "g", "b"), (0.0,) * 3, (1.0,) * 3)}
+    rows, cols, _ = next(windows.training(16, seed=3)).images["sar-l2"][:, 0].unbind(1)
+    assert (rows[:, 1, 0] > rows[:, 0, 0]).all()
+    assert (cols[:, 0, 1] > cols[:, 0, 0]).all()
+
+
+def test_a_mask_with_a_palette_is_read_by_its_colours(tmp_path):
+    image(tmp_path / "images/a.png", 8)
+    mask = Image.new("P", (8, 8), 1)
+    mask.putpalette([200, 200, 200, 10, 20, 30, 90, 0, 0])
+    mask.paste(2, (0, 0, 4, 8))
+    (tmp_path / "masks").mkdir()
+    mask.save(tmp_path / "masks/a.png")
+    examples, _ = find_examples(tmp_path, "segmentation")
+    code = LabelCode(colours={(90, 0, 0): 0, (10, 20, 30): 1})
+    item = FolderImage(examples[0], Images("opt"), ClassList(("house", "lawn"), (), code))
+    label = item.label(Window(0, 0, 8, 8))
+    assert (label[:, :4] == 0).all()
+    assert (label[:, 4:] == 1).all()
+
+
 def test_training_batches_are_a_function_of_seed_and_number():
     item = Drawn(100, 90)
     windows = plain(LabelledWindows([item], tiled(0, item, 32), 32))

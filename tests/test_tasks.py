@@ -80,8 +80,9 @@ def test_every_task_learns_one_batch_by_heart(name):
 
 @pytest.mark.parametrize("name", DENSE)
 @pytest.mark.parametrize("size", [(32, 32), (30, 45), (9, 33)])
-def test_dense_answers_have_the_size_of_the_image(name, size):
-    task = task_of(name)
+@pytest.mark.parametrize("detail", [0, 4])
+def test_dense_answers_have_the_size_of_the_image(name, size, detail):
+    task = task_of(name, detail=detail)
     network = network_of(task).eval()
     dates = network.head.dates
     answer = network.predict(Batch({"opt": torch.randn(2, dates, 3, *size)})).dense
@@ -91,6 +92,33 @@ def test_dense_answers_have_the_size_of_the_image(name, size):
     else:
         assert answer.min() >= 0
         assert answer.max() <= 10
+
+
+def test_detail_lets_a_map_see_levels_that_the_norm_of_the_patches_takes_out():
+    """Constant images differ in level alone, and so do the classes."""
+    level = torch.tensor([0.5, 1.0, 2.0]).view(3, 1, 1, 1, 1).expand(3, 1, 3, 32, 32)
+    truth = torch.arange(3).view(3, 1, 1).expand(3, 32, 32).contiguous()
+    losses = {}
+    for detail in (0, 8):
+        network = network_of(task_of("segmentation", detail=detail), balance_weight=0.0)
+        network.encoder.requires_grad_(False)
+        optimiser = adamw(network, 5e-3, 0.0)
+        for _ in range(60):
+            optimiser.zero_grad()
+            loss = network.loss(Batch({"opt": level}, targets={"classes": truth})).task
+            loss.backward()
+            optimiser.step()
+        losses[detail] = loss.item()
+    assert losses[8] < 0.3 < losses[0]
+
+
+def test_channels_that_were_not_measured_are_not_seen_past_the_encoder():
+    network = network_of(task_of("segmentation", detail=4)).eval()
+    x = torch.randn(1, 1, 3, 32, 32)
+    other, known = x.clone(), torch.tensor([[True, True, False]])
+    other[:, :, 2] = 9.0
+    there, back = (network.predict(Batch({"opt": y}, channels={"opt": known})) for y in (x, other))
+    torch.testing.assert_close(there.dense, back.dense)
 
 
 @pytest.mark.parametrize("name", DENSE)
@@ -130,8 +158,9 @@ def test_a_batch_without_labels_costs_nothing_and_has_gradients(name):
     assert all(p.grad is None or torch.isfinite(p.grad).all() for p in network.parameters())
 
 
-def test_swapping_the_dates_changes_nothing():
-    network = network_of(task_of("change")).eval()
+@pytest.mark.parametrize("detail", [0, 4])
+def test_swapping_the_dates_changes_nothing(detail):
+    network = network_of(task_of("change", detail=detail)).eval()
     x = torch.randn(2, 2, 3, 32, 32)
     there, back = (network.predict(Batch({"opt": y})).dense for y in (x, x.flip(1)))
     torch.testing.assert_close(there, back)
@@ -151,7 +180,7 @@ def test_fusion_is_the_mean_over_modalities_that_see_the_place():
 
 
 def test_a_missing_modality_is_as_one_that_is_invalid_everywhere():
-    task = task_of("segmentation", ("opt", "ms"))
+    task = task_of("segmentation", ("opt", "ms"), detail=4)
     network = network_of(task).eval()
     batch = batch_of(task)
     alone = network.predict(Batch({"opt": batch.images["opt"]})).dense
@@ -182,11 +211,11 @@ def test_wrong_modalities_and_tasks_are_one_clear_line():
         network.predict(Batch({"ms": torch.randn(1, 1, 4, 32, 32)}))
 
 
-@pytest.mark.parametrize("adapter", [0, 4])
-def test_a_network_survives_its_checkpoint(tmp_path, adapter):
+@pytest.mark.parametrize(("adapter", "detail"), [(0, 0), (4, 0), (0, 4)])
+def test_a_network_survives_its_checkpoint(tmp_path, adapter, detail):
     from model.adapt import insert_convpass
 
-    task = task_of("segmentation", adapter=adapter)
+    task = task_of("segmentation", adapter=adapter, detail=detail)
     network = network_of(task).eval()
     insert_convpass(network.encoder, adapter)
     for parameter in network.parameters():

@@ -8,7 +8,7 @@ from torch import Tensor, nn
 from model.batch import Batch, Features, Prediction
 from model.config import TaskConfig
 from model.decoders import PixelHead, UPerNet
-from model.tasks.head import Head, pixel_classes
+from model.tasks.head import Head, pixel_classes, with_detail
 from model.tasks.segmentation import PixelScores, pixel_cross_entropy
 
 TOKENS = 4
@@ -24,6 +24,7 @@ class Change(Head):
 
     dates = 2
     score = "change_f1"
+    dense = True
 
     def __init__(self, task: TaskConfig, widths: tuple[int, ...]) -> None:
         super().__init__(task, widths)
@@ -34,16 +35,17 @@ class Change(Head):
             width, 8, 2 * width, dropout=0.0, activation="gelu", batch_first=True, norm_first=True
         )
         self.refine = CrossAttention(width)
-        self.compare = PixelHead(width, len(task.classes))
+        self.compare = PixelHead(width, len(task.classes), detail=task.detail)
 
     def forward(self, features: Features, size: tuple[int, int]) -> Tensor:
         """Logits (B, K, H, W) from maps of 2·B dates."""
-        maps = self.neck(features)  # (2B, C, h, w), rows b·2 + t
+        stages, detail = with_detail(features)
+        maps = self.neck(stages)  # (2B, C, h, w), rows b·2 + t
         words = self.words(maps)  # (2B, L, C)
         words = self.discuss(words.view(-1, 2 * TOKENS, words.shape[-1])).view(words.shape)
         refined = self.refine(maps, words)
-        before, after = refined[0::2], refined[1::2]
-        logits: Tensor = self.compare((after - before).abs(), size)
+        fine = None if detail is None else apart(detail)
+        logits: Tensor = self.compare(apart(refined), size, fine)
         return logits
 
     def words(self, maps: Tensor) -> Tensor:
@@ -63,6 +65,11 @@ class Change(Head):
     def metric(self) -> "ChangeScores":
         """F1 and IoU of the changed pixels, beside the confusion matrix."""
         return ChangeScores(len(self.task.classes))
+
+
+def apart(maps: Tensor) -> Tensor:
+    """How far the dates are apart: rows b·2 + t of (2B, C, h, w) -> (B, C, h, w)."""
+    return (maps[1::2] - maps[0::2]).abs()
 
 
 class CrossAttention(nn.Module):

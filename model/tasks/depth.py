@@ -11,7 +11,7 @@ from model.batch import Batch, Features, Prediction
 from model.config import TaskConfig
 from model.decoders import PixelHead, UPerNet
 from model.metrics import RegressionErrors
-from model.tasks.head import Head, seen
+from model.tasks.head import Head, seen, with_detail
 
 BINS = 32
 """Bins the range of heights is cut into, anew for every window."""
@@ -35,13 +35,14 @@ class Depth(Head):
     """Learned queries read the scene and say where its heights lie; pixels choose among them."""
 
     score = "rmse"
+    dense = True
     lower_is_better = True
 
     def __init__(self, task: TaskConfig, widths: tuple[int, ...]) -> None:
         super().__init__(task, widths)
         width, pixel = task.channels, max(8, task.channels // 4)
         self.decoder = UPerNet(widths, width)
-        self.describe = PixelHead(width, pixel)
+        self.describe = PixelHead(width, pixel, detail=task.detail)
         self.queries = nn.Parameter(torch.randn(BINS, width) * 0.02)
         self.memory = nn.ModuleList(nn.Conv2d(w, width, 1) for w in widths[1:])
         self.read = nn.TransformerDecoderLayer(
@@ -52,8 +53,9 @@ class Depth(Head):
 
     def forward(self, features: Features, size: tuple[int, int]) -> DepthOutput:
         """Heights as the mean of the bin centres under each pixel's probabilities."""
-        pixels = self.describe(self.decoder(features), size)  # (B, c, H, W)
-        queries = self.read(self.queries.expand(len(pixels), -1, -1), self.remember(features))
+        stages, detail = with_detail(features)
+        pixels = self.describe(self.decoder(stages), size, detail)  # (B, c, H, W)
+        queries = self.read(self.queries.expand(len(pixels), -1, -1), self.remember(stages))
         centres = self.centres(queries)
         likeness = torch.einsum("bnc,bchw->bnhw", self.name(queries), pixels).float()
         values = torch.einsum("bnhw,bn->bhw", likeness.softmax(1), centres)

@@ -29,6 +29,8 @@ class Head(nn.Module, ABC):
 
     dates: ClassVar[int] = 1
     """T the task needs in `Batch.images`: 1, 2 for change; 0: any number."""
+    dense: ClassVar[bool] = False
+    """Whether it answers for every pixel, and so can use `TaskConfig.detail`."""
     score: ClassVar[str]
     """Key of `metric().compute()` that says how good a model is (larger is better, unless
     `lower_is_better`)."""
@@ -45,7 +47,8 @@ class Head(nn.Module, ABC):
 
         Args:
             features: four maps (B·T, C·2^s, ceil(H/4·2^s), ceil(W/4·2^s)), already fused over
-                modalities; the T dates of a sample are neighbours: row b·T + t.
+                modalities; the T dates of a sample are neighbours: row b·T + t. A dense head
+                with `task.detail` gets a fifth map, (B·T, detail, H, W).
             size: (H, W) of the images in pixels.
         """
 
@@ -60,6 +63,11 @@ class Head(nn.Module, ABC):
     @abstractmethod
     def metric(self) -> Metric:
         """A fresh metric of this task."""
+
+
+def with_detail(features: Features) -> tuple[Features, Tensor | None]:
+    """The four stages, and the map at full resolution if there is one."""
+    return features[:4], features[4] if len(features) > 4 else None
 
 
 def seen(batch: Batch) -> Tensor:

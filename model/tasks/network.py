@@ -11,7 +11,9 @@ from model.adapt import insert_convpass
 from model.batch import Batch, Features, Prediction
 from model.checkpoint import CheckpointConfig, load_module, read_config
 from model.config import ModelConfig, TaskConfig
+from model.decoders import Detail
 from model.encoder import Encoding, RingMoE
+from model.modality import MODALITIES
 from model.router import LayerRouting, balance_loss
 from model.stream import stream_blocks
 from model.tasks import TASKS
@@ -76,6 +78,11 @@ class TaskNetwork(nn.Module):
         self.modality_dropout = modality_dropout
         self.encoder = encoder
         self.head = TASKS[task.name](task, encoder.config.widths)
+        self.details = nn.ModuleDict()
+        if task.detail and self.head.dense:
+            for m in task.modalities:
+                polarimetric = MODALITIES[m].polarimetric
+                self.details[m] = Detail(encoder.config.channels[m], task.detail, polarimetric)
 
     @property
     def config(self) -> ModelConfig:
@@ -118,9 +125,19 @@ class TaskNetwork(nn.Module):
         weights = {m: self.weight(m, batch) for m in features}
         if self.training and self.modality_dropout and len(weights) > 1:
             weights = hide_modalities(weights, self.modality_dropout)
+        if self.details:
+            features = {m: [*f, self.pixels(m, batch)] for m, f in features.items()}
         kind = next(self.head.parameters()).dtype
         fused = [stage.to(kind) for stage in fuse(features, weights)]
         return self.head(fused, (first.shape[-2], first.shape[-1]))
+
+    def pixels(self, modality: str, batch: Batch) -> Tensor:
+        """What a modality's pixels say past the encoder, (B·T, detail, H, W)."""
+        image = batch.images[modality]
+        if modality in batch.channels:
+            image = image * batch.channels[modality][:, None, :, None, None].to(image.dtype)
+        detail: Tensor = self.details[modality](image.flatten(0, 1))
+        return detail
 
     def weight(self, modality: str, batch: Batch) -> Tensor:
         """1 where the modality has a valid pixel, (B·T, 1, H, W) float."""

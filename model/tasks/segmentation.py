@@ -9,22 +9,24 @@ from model.batch import Batch, Features, Prediction
 from model.config import TaskConfig
 from model.decoders import PixelHead, UPerNet
 from model.metrics import IGNORE, Calibration, ConfusionMatrix
-from model.tasks.head import Head, pixel_classes
+from model.tasks.head import Head, pixel_classes, with_detail
 
 
 class Segmentation(Head):
     """UPerNet with a sub-pixel classifier; cross-entropy over labelled, valid pixels."""
 
     score = "miou"
+    dense = True
 
     def __init__(self, task: TaskConfig, widths: tuple[int, ...]) -> None:
         super().__init__(task, widths)
         self.decoder = UPerNet(widths, task.channels)
-        self.classify = PixelHead(task.channels, len(task.classes))
+        self.classify = PixelHead(task.channels, len(task.classes), detail=task.detail)
 
     def forward(self, features: Features, size: tuple[int, int]) -> Tensor:
         """Logits (B, K, H, W)."""
-        logits: Tensor = self.classify(self.decoder(features), size)
+        stages, detail = with_detail(features)
+        logits: Tensor = self.classify(self.decoder(stages), size, detail)
         return logits
 
     def loss(self, output: Tensor, batch: Batch) -> Tensor:

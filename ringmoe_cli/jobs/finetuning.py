@@ -183,6 +183,7 @@ def with_head(encoder: RingMoE, request: FinetuneRequest, data: TaskData) -> Tas
         unit=data.unit,
         channels=wanted.channels,
         adapter=wanted.convpass,
+        detail=wanted.detail,
     )
     insert_convpass(encoder, wanted.convpass)
     if wanted.freeze or wanted.convpass:

@@ -185,6 +185,8 @@ class LabelledWindows:
         ks = [0] * len(places) if turns is None else list(turns)
         if any(MODALITIES[m].polarimetric for m in modalities):
             ks = [k - k % 2 for k in ks]  # mirrors only: a quarter turn mixes the polarisations
+        if "sar-l2" in modalities:
+            ks = [0] * len(ks)  # radar looks from one side: turned shadows fall where none can
         images: dict[str, torch.Tensor] = {}
         valid: dict[str, torch.Tensor] = {}
         for m in modalities:

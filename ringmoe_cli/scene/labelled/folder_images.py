@@ -140,6 +140,10 @@ class FolderImage:
             check_size(path, file.shape, self.grid)
             raw = np.asarray(file.read(window=((row, row + height), (col, col + width))))
             nodata = file.nodata
+            palette = file.colormap(1) if file.colorinterp[0].name == "palette" else None
+        if palette and self.classes.code.colours:
+            table = np.array([palette.get(i, (0, 0, 0, 0))[:3] for i in range(256)], raw.dtype)
+            raw = np.moveaxis(table[raw[0]], -1, 0)
         if not self.classes.names:
             values = raw[0].astype(np.float32)
             return values if nodata is None else np.where(raw[0] == nodata, np.nan, values)
