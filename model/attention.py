@@ -13,6 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from model import fused
 from model.patch import pad_to_multiple
 
 OTHER_REGION = -100.0
@@ -193,12 +194,13 @@ class WindowAttention(nn.Module):
             (B, H, W, C).
         """
         q, k, v = self.project(grid.split(x))  # each (B·windows, heads, N, C/heads)
-        bias = self.logit_bias(grid, valid, v.dtype)
+        dtype = torch.promote_types(v.dtype, torch.float32) if v.is_cpu else v.dtype
+        bias = self.logit_bias(grid, valid, dtype)
         shape = v.shape
         if bias.shape[1] != self.heads:  # one bias per window, the same for all images
             q, k, v = (t.reshape(len(x), -1, *t.shape[2:]) for t in (q, k, v))
         out = attend(q, k, v, bias).view(shape)
-        return grid.join(self.proj(out.transpose(1, 2).flatten(2)))
+        return grid.join(linear(out.transpose(1, 2).flatten(2), self.proj.weight, self.proj.bias))
 
     def logit_bias(self, grid: WindowGrid, valid: Tensor | None, dtype: torch.dtype) -> Tensor:
         """Position bias and mask: (1, heads, N, N) or (1 or B, windows·heads, N, N).
@@ -227,11 +229,14 @@ class WindowAttention(nn.Module):
     def project(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Queries, keys and values, the scale of the logits folded into the queries."""
         k_bias = torch.zeros_like(self.q_bias) if self.cosine else self.k_bias
-        qkv = F.linear(x, self.qkv.weight, torch.cat([self.q_bias, k_bias, self.v_bias]))
+        qkv = linear(x, self.qkv.weight, torch.cat([self.q_bias, k_bias, self.v_bias]))
         split = qkv.view(*x.shape[:2], 3, self.heads, x.shape[2] // self.heads)
         q, k, v = split.permute(2, 0, 3, 1, 4)
         if self.cosine:  # Liu et al. 2022, Eq. 2
             scale = self.logit_scale.clamp(max=LOG_100).exp()
+            if not torch.is_grad_enabled():
+                q, k = unit_vectors(split[:, :, :2], scale.squeeze(-1)).permute(2, 0, 3, 1, 4)
+                return q, k, v
             q, k = F.normalize(q, dim=-1) * scale.to(q.dtype), F.normalize(k, dim=-1)
         else:
             q = q * q.shape[-1] ** -0.5
@@ -244,6 +249,26 @@ def state_of(weight: Tensor) -> tuple[int, int, int]:
     return id(weight), weight.data_ptr(), version
 
 
+def linear(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+    """x·weightᵀ + bias; on a CPU without gradients in one pass."""
+    if torch.is_grad_enabled() or torch.is_autocast_enabled(x.device.type):
+        return F.linear(x, weight, bias)
+    return fused.linear(x, weight, bias)
+
+
+def unit_vectors(qk: Tensor, scale: Tensor) -> Tensor:
+    """Queries and keys of length 1, queries times `scale`, for inference.
+
+    Args:
+        qk: (B, N, 2, heads, d); overwritten if it is float32 or better.
+        scale: (heads, 1).
+    """
+    wide = qk.to(torch.promote_types(qk.dtype, torch.float32))
+    factor = torch.linalg.vector_norm(wide, dim=-1, keepdim=True).clamp_min_(1e-12).reciprocal_()
+    factor[:, :, 0] *= scale
+    return wide.mul_(factor).to(qk.dtype)
+
+
 def attend(q: Tensor, k: Tensor, v: Tensor, bias: Tensor) -> Tensor:
     """softmax(q·kᵀ + bias)·v over (B, heads, N, d)."""
     q = q.to(v.dtype)
@@ -251,4 +276,5 @@ def attend(q: Tensor, k: Tensor, v: Tensor, bias: Tensor) -> Tensor:
         # With a learned bias SDPA would compute all of it in float32.
         logits = (q @ k.transpose(-1, -2)).float() + bias
         return logits.softmax(-1).to(v.dtype) @ v
-    return F.scaled_dot_product_attention(q, k, v, attn_mask=bias.to(v.dtype), scale=1.0)
+    bias = bias if v.is_cpu else bias.to(v.dtype)  # a CPU would compute in float32 anyway
+    return F.scaled_dot_product_attention(q, k, v, attn_mask=bias, scale=1.0)

@@ -3,15 +3,16 @@
 Shapes: T tokens, D width, F hidden width, E experts of a branch, N tokens assigned to experts.
 """
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import cast
 
 import torch
 from torch import Tensor, nn
 
+from model import fused
 from model.config import Gelu, ModelConfig
-from model.mixture import Mixture, Plan, Stack
+from model.mixture import Mixture, Plan, Stack, each, mix
 from model.router import Assignment, LayerRouting, Router
 
 
@@ -32,6 +33,7 @@ class ExpertBank(nn.Module):
         self.fc1 = Stacked(experts, width, config.mlp_ratio * width)
         self.fc2 = Stacked(experts, config.mlp_ratio * width, width)
         self.gelu: Gelu = config.gelu
+        self.packed: list[Stack] | None = None
 
     def __len__(self) -> int:
         return len(self.fc1.weight)
@@ -40,6 +42,26 @@ class ExpertBank(nn.Module):
         """The parameters in the type of the computation."""
         parameters = (self.fc1.weight, self.fc1.bias, self.fc2.weight, self.fc2.bias)
         return cast(Stack, tuple(p.to(dtype) for p in parameters))
+
+    def experts(self, dtype: torch.dtype) -> Sequence[Stack]:
+        """The parameters of each expert, for inference."""
+        if self.packed is not None:
+            return self.packed
+        return each(self.stack(dtype))
+
+    def pack(self) -> None:
+        """Lay the weights out as oneDNN multiplies them, once instead of at every call.
+
+        In place, for inference on a CPU: afterwards the parameters have a shape but no values.
+        """
+        if not fused.runs(self.fc1.weight):
+            return
+        with torch.no_grad():
+            self.packed = [
+                (fused.pack(w1), b1.clone(), fused.pack(w2), b2.clone())
+                for w1, b1, w2, b2 in each(self.stack(self.fc1.weight.dtype))
+            ]
+        self.to("meta")
 
 
 @dataclass
@@ -64,15 +86,17 @@ def run_locally(x_TD: Tensor, jobs: list[Job]) -> Tensor:
     """
     if torch.is_autocast_enabled(x_TD.device.type):
         x_TD = x_TD.to(torch.get_autocast_dtype(x_TD.device.type))
-    counts: list[list[int] | None] = []
-    tensors: list[Tensor | None] = []
-    for job in jobs:
-        given = job.assignment
-        counts.append(None if given is None else given.counts_E.tolist())
-        tensors += [None, None] if given is None else [given.rows_N, given.gate_N.to(x_TD.dtype)]
-        tensors += job.bank.stack(x_TD.dtype)
-    form = "tanh" if jobs[0].bank.gelu == "tanh" else "none"
-    plan = Plan(counts, form, torch.is_grad_enabled())
+    given = [job.assignment for job in jobs]
+    counts = [None if a is None else a.counts_E.tolist() for a in given]
+    rows = [None if a is None else a.rows_N for a in given]
+    gates = [None if a is None else a.gate_N.to(x_TD.dtype) for a in given]
+    plan = Plan(counts, "tanh" if jobs[0].bank.gelu == "tanh" else "none")
+    if not torch.is_grad_enabled():
+        return mix(x_TD, plan, rows, gates, [job.bank.experts(x_TD.dtype) for job in jobs])
+    stacks = (job.bank.stack(x_TD.dtype) for job in jobs)
+    tensors = [
+        t for parts in zip(rows, gates, stacks, strict=True) for t in (*parts[:2], *parts[2])
+    ]
     y_TD: Tensor = Mixture.apply(x_TD, plan, *tensors)  # type: ignore[no-untyped-call]
     return y_TD
 
@@ -113,8 +137,9 @@ class RMoE(nn.Module):
         """
         jobs = [] if self.shared is None else [Job(self.shared, None)]
         routing = LayerRouting({})
+        wide_TD = x_TD.to(torch.promote_types(x_TD.dtype, torch.float32))
         for name, bank, router, first, count in self.branches(tokens):
-            assignment, routing.branches[name] = router(x_TD[first : first + count])
+            assignment, routing.branches[name] = router(wide_TD[first : first + count])
             jobs.append(Job(bank, replace(assignment, rows_N=assignment.rows_N + first)))
         return (self.dispatch(x_TD, jobs) if jobs else torch.zeros_like(x_TD)), routing
 
@@ -132,3 +157,9 @@ class RMoE(nn.Module):
                 router = cast(Router, cast(nn.ModuleDict, self.router["specialised"])[name])
                 yield f"specialised.{name}", bank, router, first, count
             first += count
+
+
+def pack(network: nn.Module) -> None:
+    """Pack the experts of a network (`ExpertBank.pack`): few tokens cost less."""
+    for bank in (module for module in network.modules() if isinstance(module, ExpertBank)):
+        bank.pack()

@@ -12,14 +12,14 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-CHUNK = 1024
-"""Tokens per step of a CPU forward pass: the hidden activations stay small, in cache and heap."""
+from model import fused
 
 WIDE = 768
 """Width from which a left operand in bfloat16 is better transposed by a copy."""
 
 Stack = tuple[Tensor, Tensor, Tensor, Tensor]
-"""fc1.weight (E, F, D), fc1.bias (E, F), fc2.weight (E, D, F), fc2.bias (E, D)."""
+"""fc1.weight (E, F, D), fc1.bias (E, F), fc2.weight (E, D, F), fc2.bias (E, D); or of one expert,
+without E."""
 
 
 @dataclass
@@ -30,8 +30,6 @@ class Plan:
     """Tokens of each expert of each bank; None: the first expert takes all tokens."""
     form: str
     """Form of the GELU, as `F.gelu` calls it."""
-    keep: bool
-    """Whether a backward pass may follow."""
 
     def experts(
         self, rows: Sequence[Tensor | None], gates: Sequence[Tensor | None]
@@ -73,10 +71,7 @@ class Mixture(torch.autograd.Function):
         y_TD = plan.new(x_TD)
         kept: list[Tensor] = []
         for bank, expert, rows, gate in plan.experts(tensors[0::6], tensors[1::6]):
-            w1, b1, w2, b2 = weights = cast(Stack, tuple(t[expert] for t in stacks[bank]))
-            if not plan.keep:
-                add_expert(y_TD, x_TD, rows, gate, weights, plan.form)
-                continue
+            w1, b1, w2, b2 = (t[expert] for t in stacks[bank])
             x = x_TD if rows is None else x_TD.index_select(0, rows)
             hidden = torch.addmm(b1, x, w1.t())
             active = F.gelu(hidden, approximate=plan.form)
@@ -126,44 +121,43 @@ class Mixture(torch.autograd.Function):
         return dx_TD, None, *(t for gate, stack in pairs for t in (None, gate, *stack))
 
 
-def add_expert(
-    y_TD: Tensor, x_TD: Tensor, rows: Tensor | None, gate: Tensor | None, weights: Stack, form: str
-) -> None:
-    """Add an expert's weighted output to its tokens' rows of `y_TD`; without rows, set all."""
-    tokens = len(x_TD) if rows is None else len(rows)
-    step = CHUNK if x_TD.is_cpu else max(tokens, 1)
-    for start in range(0, tokens, step):
-        part = slice(start, start + step)
-        if rows is None or gate is None:
-            feed_forward(x_TD[part], weights, form, y_TD[part])
-        else:
-            x = x_TD.index_select(0, rows[part])
-            out = feed_forward(x, weights, form, torch.empty_like(x))
-            y_TD.index_add_(0, rows[part], out.mul_(gate[part, None]))
+def mix(
+    x_TD: Tensor,
+    plan: Plan,
+    rows: Sequence[Tensor | None],
+    gates: Sequence[Tensor | None],
+    experts: Sequence[Sequence[Stack]],
+) -> Tensor:
+    """What `Mixture` computes, for inference.
 
-
-def feed_forward(x_ND: Tensor, weights: Stack, form: str, out_ND: Tensor) -> Tensor:
-    """FFN(x), (N, D) -> (N, D), without gradients.
-
-    On a CPU through oneDNN's linear layer with bias and GELU inside: the GELU sees the unrounded
-    product and costs next to nothing (PyTorch's tanh kernel takes longer than the product).
+    Args:
+        x_TD: tokens.
+        plan: how many tokens each expert has.
+        rows: of each bank, its tokens sorted by expert.
+        gates: of each bank, their weights.
+        experts: of each bank, the weights of its experts, plain or packed (`fused.pack`).
     """
+    y_TD = plan.new(x_TD)
+    for bank, expert, mine, gate in plan.experts(rows, gates):
+        weights = experts[bank][expert]
+        for part in fused.steps(x_TD, len(x_TD) if mine is None else len(mine), weights[0]):
+            if mine is None or gate is None:
+                y_TD[part] = feed_forward(x_TD[part], weights, plan.form)
+            else:
+                out = feed_forward(fused.gather(x_TD, mine[part]), weights, plan.form)
+                y_TD.index_add_(0, mine[part], out[: len(mine[part])].mul_(gate[part, None]))
+    return y_TD
+
+
+def feed_forward(x_ND: Tensor, weights: Stack, form: str) -> Tensor:
+    """FFN(x), (N, D) -> (N, D), without gradients."""
     w1, b1, w2, b2 = weights
-    if fused_linear_runs(x_ND):
-        linear = torch.ops.mkldnn._linear_pointwise
-        active_NF = linear(x_ND, w1, b1, "gelu", [], form)
-        return out_ND.copy_(linear(active_NF, w2, b2, "none", [], ""))
-    active_NF = F.gelu(torch.addmm(b1, x_ND, w1.t()), approximate=form)
-    return torch.addmm(b2, active_NF, w2.t(), out=out_ND)
+    return fused.linear(fused.linear_gelu(x_ND, w1, b1, form), w2, b2)
 
 
-def fused_linear_runs(x: Tensor) -> bool:
-    """Whether oneDNN computes this."""
-    if not (x.is_cpu and torch.backends.mkldnn.is_available() and torch.backends.mkldnn.enabled):
-        return False
-    return x.dtype == torch.float32 or (
-        x.dtype == torch.bfloat16 and torch.ops.mkldnn._is_mkldnn_bf16_supported()
-    )
+def each(stack: Stack) -> list[Stack]:
+    """The weights of each expert of a bank."""
+    return [cast(Stack, expert) for expert in zip(*map(torch.unbind, stack), strict=True)]
 
 
 def outer(left_NP: Tensor, right_NQ: Tensor, out_PQ: Tensor) -> None:

@@ -25,7 +25,7 @@ from torch.distributed.tensor import DTensor, Shard, distribute_tensor
 
 from model.encoder import Block
 from model.experts import ExpertBank, Job, RMoE, run_locally
-from model.mixture import Stack
+from model.mixture import Stack, each
 from model.pretrain import MaskedImageModel
 from model.router import Assignment, BranchRouting, LayerRouting, Router
 
@@ -219,6 +219,10 @@ class HeldBank:
         """Their parameters."""
         held = (cast(DTensor, tensor).to_local() for tensor in self.bank.stack(dtype))
         return cast(Stack, tuple(held))
+
+    def experts(self, dtype: torch.dtype) -> list[Stack]:
+        """Their parameters one by one."""
+        return each(self.stack(dtype))
 
 
 class ExpertParallel:

@@ -7,8 +7,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
+from model import fused
 from model.config import ModelConfig
-from model.experts import ExpertBank, RMoE
+from model.experts import ExpertBank, RMoE, pack
 from model.mixture import outer
 from model.router import Router
 
@@ -226,3 +227,28 @@ def test_weight_gradients_of_narrow_and_wide_layers(width, dtype):
     out = torch.empty(24, width, dtype=dtype)
     outer(left, right, out)
     torch.testing.assert_close(out.double(), left.double().T @ right.double(), rtol=1e-2, atol=0.1)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_packed_experts_give_the_same_output(dtype):
+    torch.manual_seed(0)
+    moe = RMoE(config(embed_dim=64), 0, 0).to(dtype)
+    for parameter in moe.parameters():
+        torch.nn.init.normal_(parameter, std=0.15)
+    x_TD = torch.randn(1300, 64).to(dtype)
+    with torch.inference_mode():
+        plain, _ = moe(x_TD, {"opt": 1300})
+        pack(moe)
+        packed, _ = moe(x_TD, {"opt": 1300})
+    tolerance = 1e-5 if dtype == torch.float32 else 0.02
+    assert (packed - plain).abs().max() <= tolerance * plain.abs().max()
+    assert moe.shared.fc1.weight.is_meta  # their memory is free, and nobody saves them by mistake
+
+
+@pytest.mark.parametrize("tokens", [0, 1, 31, 256, 384, 385, 1000, 5000])
+@pytest.mark.parametrize("width", [64, 8192])
+def test_steps_cover_all_tokens_once(tokens, width):
+    fc1 = fused.pack(torch.zeros(width, 16))
+    parts = list(fused.steps(torch.zeros(1, 16), tokens, fc1))
+    assert [row for part in parts for row in range(part.start, part.stop)] == list(range(tokens))
+    assert all((part.stop - part.start) % fused.ROUND == 0 for part in parts[:-1])

@@ -128,6 +128,7 @@ def load_mapper(
         RingmoeError: for an impossible window or device.
     """
     use_memory_steadily()
+    from model.experts import pack
     from model.tasks.network import load_task_network
 
     network, config = load_task_network(directory, streamed)
@@ -141,7 +142,8 @@ def load_mapper(
         )
     if streamed and where != "cpu":
         raise RingmoeError("--stream keeps the model on disk and works on the CPU; leave --device")
-    network = network if streamed else network.to(where)
+    if not streamed:
+        pack(network.to(where))
     return Mapper(network, config, model_identity(directory), settings, wish)
 
 

@@ -1,0 +1,73 @@
+"""Linear layers for inference on a CPU, through oneDNN with bias and GELU inside.
+
+Elsewhere (other devices, other types, no oneDNN) the same functions are plain PyTorch.
+"""
+
+from collections.abc import Iterator
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+STEP_TOKENS, STEP_BYTES = 256, 2 << 20
+"""Tokens that go through a packed expert at a time, if so few bytes of hidden activations hold
+them: then those stay in cache."""
+WIDE_TOKENS = 1024
+"""Tokens of other experts: every step reads the weights, and lays them out if unpacked."""
+ROUND = 32
+"""Gathered tokens are rounded up to this: oneDNN compiles a kernel for every new number of them,
+which takes longer than the product, and experts see another number in every batch."""
+
+
+def runs(x: Tensor) -> bool:
+    """Whether oneDNN computes this."""
+    if not (x.is_cpu and torch.backends.mkldnn.is_available() and torch.backends.mkldnn.enabled):
+        return False
+    return x.dtype == torch.float32 or (
+        x.dtype == torch.bfloat16 and torch.ops.mkldnn._is_mkldnn_bf16_supported()
+    )
+
+
+def linear(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+    """x·weightᵀ + bias, (..., in) -> (..., out); the weight may be packed."""
+    if runs(x):
+        y: Tensor = torch.ops.mkldnn._linear_pointwise(x, weight, bias, "none", [], "")
+        return y
+    return F.linear(x, weight, bias)
+
+
+def linear_gelu(x: Tensor, weight: Tensor, bias: Tensor, form: str) -> Tensor:
+    """GELU(x·weightᵀ + bias), the GELU applied to the unrounded product.
+
+    In bfloat16 the erf form stands for the tanh form: they are at most 4.7e-4 apart, less than what
+    rounding the product would do, and oneDNN's tanh form takes four times as long.
+    """
+    if runs(x):
+        nearest = "none" if x.dtype == torch.bfloat16 else form
+        y: Tensor = torch.ops.mkldnn._linear_pointwise(x, weight, bias, "gelu", [], nearest)
+        return y
+    return F.gelu(F.linear(x, weight, bias), approximate=form)
+
+
+def pack(weight: Tensor) -> Tensor:
+    """A (out, in) weight as oneDNN's kernels read it; it can only be multiplied with."""
+    packed: Tensor = torch.ops.mkldnn._reorder_linear_weight(weight.detach(), STEP_TOKENS)
+    return packed
+
+
+def steps(x_TD: Tensor, tokens: int, fc1: Tensor) -> Iterator[slice]:
+    """The steps, of about equal size, in which an expert with these first weights takes tokens."""
+    about = WIDE_TOKENS if x_TD.is_cpu else max(tokens, 1)
+    if fc1.is_mkldnn and STEP_TOKENS * fc1.shape[0] * x_TD.itemsize <= STEP_BYTES:
+        about = STEP_TOKENS
+    step = -(-tokens // max(round(tokens / about), 1))
+    step = max(step + -step % ROUND, 1)
+    for start in range(0, tokens, step):
+        yield slice(start, min(start + step, tokens))
+
+
+def gather(x_TD: Tensor, rows_N: Tensor) -> Tensor:
+    """The tokens of an expert, and where oneDNN computes some more to make a round number."""
+    if runs(x_TD):
+        rows_N = F.pad(rows_N, (0, -len(rows_N) % ROUND))
+    return x_TD.index_select(0, rows_N)
