@@ -25,14 +25,23 @@ class Normalisation:
     power_db: tuple[float, float] | None = None
     """SAR-L1 only: mean and standard deviation of 10·log10(span)."""
 
-    def apply(self, values: NDArray[np.float32], valid: NDArray[np.bool_]) -> NDArray[np.float32]:
-        """Normalise (..., C, H, W) values; where (..., 1 or C, H, W) `valid` is false, 0."""
+    def apply(
+        self,
+        values: NDArray[np.float32],
+        valid: NDArray[np.bool_],
+        out: NDArray[np.float32] | None = None,
+    ) -> NDArray[np.float32]:
+        """Normalise (..., C, H, W) values; where (..., 1 or C, H, W) `valid` is false, 0.
+
+        The result is put into `out`, if given.
+        """
         mean = np.asarray(self.mean, np.float32)[:, None, None]
         std = np.asarray(self.std, np.float32)[:, None, None]
-        out = np.subtract(values, mean, dtype=np.float32)
-        out /= std
-        np.copyto(out, np.float32(0), where=~valid)
-        return out
+        result = np.subtract(values, mean, out=out, dtype=np.float32)
+        result /= std
+        if not valid.all():
+            np.copyto(result, np.float32(0), where=~valid)
+        return result
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> Self:

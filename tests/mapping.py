@@ -84,9 +84,8 @@ def normalised(path):
 
 def whole(network, source, **changes):
     settings = Settings(**{"window": 32, "overlap": 8, "batch": 3, **changes})
-    rows = list(predict_rows(network, source, settings, 3))
-    dense = np.concatenate([r.dense for r in rows], 1)
-    return dense, np.concatenate([r.valid for r in rows])
+    rows = [(r.dense.copy(), r.valid) for r in predict_rows(network, source, settings, 3)]
+    return np.concatenate([d for d, _ in rows], 1), np.concatenate([v for _, v in rows])
 
 
 def outputs(tmp_path):

@@ -78,6 +78,8 @@ def predict_rows(
 ) -> Iterator[Rows]:
     """Blended rows of a scene, in order, while windows further down are read and computed.
 
+    Rows are valid until the next ones are asked for: their memory is used again.
+
     Args:
         network: called with batches of windows; its answer must be dense.
         source: the scene.
@@ -108,14 +110,15 @@ def blend(
     stitcher: Stitcher, some: Windows, dense: NDArray[np.float32] | None, cell: int = 1
 ) -> Iterator[Rows]:
     """Add a batch of answers window by window; yield rows as they become complete."""
-    columns = stitcher.lattice.columns
+    last = stitcher.lattice.columns - 1
     answer = dict(zip(some.full, dense, strict=True)) if dense is not None else {}
     for i, (row, column) in enumerate(some.places):
-        if i in answer:
-            stitcher.add(row, column, answer[i])
-        if column == columns - 1 and row in some.finished:
-            start = stitcher.lattice.finished(row)[0]
-            yield Rows(start, stitcher.finish(), any_in_cells(some.finished[row], cell))
+        stitcher.add(row, column, answer.get(i))
+        if column == last and row == stitcher.row:
+            rows = stitcher.finish()
+            if row in some.finished:
+                start = stitcher.lattice.finished(row)[0]
+                yield Rows(start, rows, any_in_cells(some.finished[row], cell))
 
 
 def any_in_cells(valid: NDArray[np.bool_], cell: int) -> NDArray[np.bool_]:

@@ -210,7 +210,7 @@ class Bands:
 def join(above: Rows | None, below: Rows) -> Rows:
     """Two neighbouring bands as one."""
     if above is None:
-        return below
+        return Rows(below.start, below.dense.copy(), below.valid)
     dense: NDArray[Any] = np.concatenate([above.dense, below.dense], axis=1)
     return Rows(above.start, dense, np.concatenate([above.valid, below.valid]))
 

@@ -110,59 +110,83 @@ def partition(length: int, count: int, window: int, stride: int) -> NDArray[np.f
 class Stitcher:
     """Adds windows, row of windows by row of windows, and hands out finished scene rows.
 
-    The scene is cut into bands of `stride` rows, of which row of windows i completes the i-th. Only
-    bands that a window has begun and none has completed are in memory: channels x window x width
-    float32, rounded up to whole bands.
+    The taper is the product of one along the columns and one along the rows. Windows are first
+    blended with their neighbours in the row, into a strip of the scene; a finished strip is then
+    blended with the strips above. Most of a window has weight one and is only copied. In memory are
+    two strips, channels x window x width float32, and the rows that they share.
     """
 
     def __init__(self, lattice: Lattice, channels: int, first: int = 0) -> None:
-        """Start at a row of windows; earlier bands count as given out."""
+        """Start so that the rows which row of windows `first` completes come whole.
+
+        Windows of `lattice.reach` rows before it are needed, too.
+        """
         self.lattice = lattice
         self.channels = channels
-        self.row = first
-        self.bands: dict[int, NDArray[np.float32]] = {}
-        self.scratch: NDArray[np.float32] = np.empty((lattice.window,) * 2, np.float32)
-        self.taper_cache: dict[tuple[bytes, bytes], NDArray[np.float32]] = {}
+        self.row = max(0, first - lattice.reach)
+        self.strips: dict[int, NDArray[np.float32]] = {}
+        self.spare: list[NDArray[np.float32]] = []
+        self.above: NDArray[np.float32] | None = None
+        shape = (channels, lattice.overlap, lattice.padded_width)
+        self.shared = np.empty(shape, np.float32)
 
-    def add(self, row: int, column: int, values: NDArray[np.float32]) -> None:
-        """Blend in the window at (row, column) of the lattice; values are (K, window, window).
+    def add(self, row: int, column: int, values: NDArray[np.float32] | None) -> None:
+        """Blend a window into its row; columns come in order, each once.
 
-        A window of a row before the current one adds only its part that is not yet given out.
+        Args:
+            row: of the lattice; those above the current one are of no more use.
+            column: of the lattice.
+            values: (K, window, window); None for a window that says nothing.
         """
-        stride, window = self.lattice.stride, self.lattice.window
-        weights = self.weights(row, column)
-        columns = slice(column * stride, column * stride + window)
-        for band in range(max(row, self.row), row + self.lattice.reach + 1):
-            inside = slice((band - row) * stride, min((band - row + 1) * stride, window))
-            part = self.scratch[inside]
-            target = self.band(band)[:, : len(part), columns]
-            for channel, value in zip(target, values, strict=True):  # stays in the CPU's cache
-                np.multiply(value[inside], weights[inside], out=part)
-                np.add(channel, part, out=channel)
+        if row < self.row:
+            return
+        lattice = self.lattice
+        window, overlap = lattice.window, lattice.overlap
+        left = column * lattice.stride
+        target = self.strip(row)[:, :, left : left + window]
+        known = overlap if column else 0  # columns that the windows before have begun
+        if values is None:
+            target[:, :, known:] = 0
+            return
+        weights = lattice.tapers[1][column]
+        flat = slice(known, max(known, window - overlap))
+        rest = slice(flat.stop, window)
+        np.add(target[:, :, :known], values[:, :, :known] * weights[:known],
+               out=target[:, :, :known])  # fmt: skip
+        target[:, :, flat] = values[:, :, flat]
+        np.multiply(values[:, :, rest], weights[rest], out=target[:, :, rest])
 
-    def band(self, number: int) -> NDArray[np.float32]:
-        """Sums of a band of rows, (K, stride, padded width)."""
-        if number not in self.bands:
-            shape = (self.channels, self.lattice.stride, self.lattice.padded_width)
-            self.bands[number] = np.zeros(shape, np.float32)
-        return self.bands[number]
-
-    def weights(self, row: int, column: int) -> NDArray[np.float32]:
-        """The taper of one window, (window, window)."""
-        down, across = (axis[i] for axis, i in zip(self.lattice.tapers, (row, column), strict=True))
-        key = down.tobytes(), across.tobytes()
-        if key not in self.taper_cache:
-            self.taper_cache[key] = np.outer(down, across)
-        return self.taper_cache[key]
+    def strip(self, row: int) -> NDArray[np.float32]:
+        """The strip of a row of windows, (K, window, padded width)."""
+        if row not in self.strips:
+            lattice = self.lattice
+            shape = (self.channels, lattice.window, lattice.padded_width)
+            self.strips[row] = self.spare.pop() if self.spare else np.zeros(shape, np.float32)
+        return self.strips[row]
 
     def finish(self) -> NDArray[np.float32]:
-        """Scene rows that the current row of windows completes, (K, rows, width); moves on."""
-        start, stop = self.lattice.finished(self.row)
-        last = self.row == self.lattice.rows - 1
-        numbers = range(self.row, self.row + (self.lattice.reach if last else 0) + 1)
-        done = [self.band(number) for number in numbers]
-        for number in numbers:
-            del self.bands[number]
+        """Scene rows that the current row of windows completes, (K, rows, width); moves on.
+
+        They are valid until rows are finished the next time: memory is used again.
+        """
+        lattice = self.lattice
+        start, stop = lattice.finished(self.row)
+        strip = self.strip(self.row)
+        weigh_rows(strip, lattice.tapers[0][self.row])
+        if self.above is not None:
+            np.add(strip[:, : lattice.overlap], self.above, out=strip[:, : lattice.overlap])
+        self.above = self.shared
+        np.copyto(self.shared, strip[:, lattice.stride :])
+        if self.row - 1 in self.strips:
+            self.spare.append(self.strips.pop(self.row - 1))
         self.row += 1
-        whole = done[0] if len(done) == 1 else np.concatenate(done, axis=1)
-        return whole[:, : stop - start, : self.lattice.width]
+        return strip[:, : stop - start, : lattice.width]
+
+
+def weigh_rows(strip: NDArray[np.float32], weights: NDArray[np.float32]) -> None:
+    """Multiply the rows of a strip (K, n, W) by weights (n,), leaving out those of weight one."""
+    (counted,) = np.nonzero(weights != 1)
+    for run in np.split(counted, np.nonzero(np.diff(counted) > 1)[0] + 1):
+        if len(run):
+            part = slice(run[0], run[-1] + 1)
+            np.multiply(strip[:, part], weights[part, None], out=strip[:, part])

@@ -152,7 +152,7 @@ class Vectors:
 
     def encode(self, rows: Rows) -> Encoded:
         """The vectors of a row of tiles, and which of them say something."""
-        return {"vectors": rows.dense, "valid": rows.valid.astype(np.uint8)}
+        return {"vectors": rows.dense.copy(), "valid": rows.valid.astype(np.uint8)}
 
 
 def most_probable(

@@ -15,9 +15,12 @@ from ringmoe_cli.errors import BadBlockError, SceneError
 from ringmoe_cli.scene.grid import Grid, Window
 from ringmoe_cli.scene.scene import Scene
 from ringmoe_cli.scene.stitch import Lattice
+from ringmoe_cli.scene.store.ahead import ahead
 
 PIECE = 2048
 """Columns read and normalised at a time: a multiple of usual block widths, small beside a strip."""
+STRIPS = 3
+"""Strips in memory: one being read, one waiting, one from which windows are cut."""
 SMALLEST_BAD = 64
 """Side in pixels down to which unreadable places are narrowed."""
 
@@ -72,15 +75,22 @@ class Normalised:
                 found[modality] = np.array([n.split("_")[0] not in missing for n in names])
         return found
 
-    def read(self, window: Window) -> "Strip":
-        """Normalised values and validity of a window."""
-        images, valid = {}, {}
+    def read_into(self, strip: "Strip", window: Window, top: int, left: int) -> None:
+        """Put normalised values and validity of a window in their place in a strip."""
+        rows, columns = slice(top, top + window.height), slice(left, left + window.width)
         for modality in self.modalities:
             norm = self.normalisation[modality]
-            parts = [date[modality].physical(window) for date in self.dates]
-            images[modality] = stacked([norm.apply(v, ok[None]) for v, ok in parts])
-            valid[modality] = stacked([ok for _, ok in parts])
-        return Strip(images, valid)
+            for t, date in enumerate(self.dates):
+                values, valid = date[modality].physical(window)
+                place = strip.images[modality][t, :, rows, columns]
+                norm.apply(values, valid[None], out=place)
+                strip.valid[modality][t, rows, columns] = valid
+
+    def read(self, window: Window) -> "Strip":
+        """Normalised values and validity of a window."""
+        strip = empty_strip(self, window.height, window.width)
+        self.read_into(strip, window, 0, 0)
+        return strip
 
 
 @dataclass(frozen=True)
@@ -98,19 +108,32 @@ class Strip:
         some = stacked(list(self.valid.values()))  # (M, T, h, w)
         return np.asarray(some.any(axis=0).all(axis=0))
 
-    def rows_from(self, top: int) -> "Strip":
-        """The rows from `top` on, as views."""
+    def part(self, rows: slice, columns: slice) -> "Strip":
+        """A part of it, as views."""
         return Strip(
-            {m: x[..., top:, :] for m, x in self.images.items()},
-            {m: x[..., top:, :] for m, x in self.valid.items()},
+            {m: x[..., rows, columns] for m, x in self.images.items()},
+            {m: x[..., rows, columns] for m, x in self.valid.items()},
         )
 
-    def fill(self, top: int, left: int, part: "Strip") -> None:
-        """Put a smaller strip in its place."""
-        for mine, its in ((self.images, part.images), (self.valid, part.valid)):
-            for m, values in its.items():
-                height, width = values.shape[-2:]
-                mine[m][..., top : top + height, left : left + width] = values
+    def take(self, other: "Strip") -> None:
+        """Copy what another strip of the same shape holds."""
+        for m, x in other.images.items():
+            np.copyto(self.images[m], x)
+            np.copyto(self.valid[m], other.valid[m])
+
+
+@dataclass(frozen=True)
+class RowOfWindows:
+    """A row of windows: the strip of the scene that it covers, and where that holds anything."""
+
+    number: int
+    """Row of the lattice."""
+    strip: Strip
+    """`window` rows, all windows wide; its memory is used again three rows later."""
+    seen: NDArray[np.bool_]
+    """`Strip.seen` of it, (window, padded width)."""
+    whole: dict[str, NDArray[np.bool_]]
+    """modality -> columns (padded width,) in which every date and row is valid."""
 
 
 @dataclass(frozen=True)
@@ -132,61 +155,94 @@ def window_batches(
 ) -> Iterator[Windows]:
     """Windows of the lattice's rows first..stop-1, and of the rows before that reach into them.
 
-    The scene is read once, strip by strip; whole batches as cut from the scene's origin.
+    The scene is read once, strip by strip, ahead of the windows that are cut from the strips; whole
+    batches as cut from the scene's origin.
     """
-    strips = Rows(source, lattice, skip)
     begin = max(0, first - lattice.reach)
-    for places in lattice.batches(size, begin, stop):
-        cut = [strips.window(row, column) for row, column in places]
-        full = [i for i, part in enumerate(cut) if part.seen.any()]
-        last = places[-1]
-        ends = last[1] == lattice.columns - 1
-        complete = range(max(first, places[0][0]), min(stop, last[0] + ends))
-        finished = {row: strips.seen(row) for row in complete}
-        batch = collate([cut[i] for i in full], source.measured) if full else None
-        yield Windows(places, full, batch, finished)
+    batches = list(lattice.batches(size, begin, stop))
+    if not batches:
+        return
+    strips = ahead(read_strips(source, lattice, batches[0][0][0], batches[-1][-1][0], skip), 1)
+    row = next(strips)
+    for places in batches:
+        gathered = Gathered(source, lattice.window, len(places))
+        finished = {}
+        for i, (number, column) in enumerate(places):
+            if number != row.number:
+                row = next(strips)
+            gathered.add(i, row, column * lattice.stride)
+            if column == lattice.columns - 1 and first <= number < stop:
+                start, end = lattice.finished(number)
+                finished[number] = row.seen[: end - start, : lattice.width].copy()
+        yield Windows(places, gathered.full, gathered.batch(), finished)
 
 
-class Rows:
-    """The rows of windows in use, each a strip of the scene `window` pixels high."""
-
-    def __init__(self, source: Normalised, lattice: Lattice, skip: "SkipBad") -> None:
-        self.source, self.lattice, self.skip = source, lattice, skip
-        self.strips: dict[int, Strip] = {}
-        self.validity: dict[int, NDArray[np.bool_]] = {}
-
-    def window(self, row: int, column: int) -> Strip:
-        """One window of the lattice, as views."""
-        if row not in self.strips:
-            self.load(row)
-        left = column * self.lattice.stride
-        columns = slice(left, left + self.lattice.window)
-        strip = self.strips[row]
-        return Strip(
-            {m: x[..., columns] for m, x in strip.images.items()},
-            {m: x[..., columns] for m, x in strip.valid.items()},
-        )
-
-    def load(self, row: int) -> None:
-        """Read what the strip does not share with the one above, and let that one go."""
-        lattice = self.lattice
-        strip = empty_strip(self.source, lattice.window, lattice.padded_width)
-        above = self.strips.pop(row - 1, None)
+def read_strips(
+    source: Normalised, lattice: Lattice, first: int, last: int, skip: "SkipBad"
+) -> Iterator[RowOfWindows]:
+    """Rows of windows first..last; what a strip shares with the one above is not read again."""
+    spare = [empty_strip(source, lattice.window, lattice.padded_width) for _ in range(STRIPS)]
+    above: Strip | None = None
+    for number in range(first, last + 1):
+        strip = spare[number % STRIPS]
         known = lattice.overlap if above else 0
         if above and known:
-            strip.fill(0, 0, above.rows_from(lattice.stride))
-        top = row * lattice.stride + known
+            kept, everywhere = slice(lattice.stride, None), slice(None)
+            strip.part(slice(known), everywhere).take(above.part(kept, everywhere))
+        top = number * lattice.stride + known
         for left in range(0, lattice.padded_width, PIECE):
             width = min(PIECE, lattice.padded_width - left)
             window = Window(top, left, lattice.window - known, width)
-            strip.fill(known, left, self.skip.read(self.source, window))
-        self.strips = {row: strip}
-        start, end = lattice.finished(row)
-        self.validity[row] = strip.seen[: end - start, : lattice.width]
+            skip.read_into(source, strip, window, known, left)
+        above = strip
+        whole = {m: np.asarray(v.all(axis=(0, 1))) for m, v in strip.valid.items()}
+        yield RowOfWindows(number, strip, strip.seen, whole)
 
-    def seen(self, row: int) -> NDArray[np.bool_]:
-        """Validity of the scene rows that a row of windows finishes."""
-        return self.validity.pop(row)
+
+class Gathered:
+    """Windows on their way into a batch; they are copied at once, as strips are used again."""
+
+    def __init__(self, source: Normalised, window: int, count: int) -> None:
+        """Make room for `count` windows."""
+        self.source, self.window = source, window
+        self.full: list[int] = []
+        shape = (count, len(source.dates))
+        self.images = {
+            m: np.empty((*shape, len(source.normalisation[m].bands), window, window), np.float32)
+            for m in source.modalities
+        }
+        self.valid = {m: np.empty((*shape, window, window), np.bool_) for m in source.modalities}
+        self.whole = dict.fromkeys(source.modalities, True)
+
+    def add(self, index: int, row: RowOfWindows, left: int) -> None:
+        """Take the window of a row that begins at a column, if it holds a valid pixel."""
+        columns = slice(left, left + self.window)
+        whole = {m: bool(v[columns].all()) for m, v in row.whole.items()}
+        if not any(whole.values()) and not row.seen[:, columns].any():
+            return
+        n = len(self.full)
+        for m, images in self.images.items():
+            images[n] = row.strip.images[m][..., columns]
+            self.valid[m][n] = row.strip.valid[m][..., columns]
+            self.whole[m] &= whole[m]
+        self.full.append(index)
+
+    def batch(self) -> Batch | None:
+        """The batch; validity and channels are named only where something is missing."""
+        count = len(self.full)
+        if not count:
+            return None
+        return Batch(
+            images={m: torch.from_numpy(x[:count]) for m, x in self.images.items()},
+            valid={
+                m: torch.from_numpy(v[:count, :, None])
+                for m, v in self.valid.items()
+                if not self.whole[m]
+            },
+            channels={
+                m: torch.from_numpy(np.stack([c] * count)) for m, c in self.source.measured.items()
+            },
+        )
 
 
 class SkipBad:
@@ -202,15 +258,29 @@ class SkipBad:
         Raises:
             BadBlockError: if not skipping.
         """
+        strip = empty_strip(source, window.height, window.width)
+        self.read_into(source, strip, window, 0, 0)
+        return strip
+
+    def read_into(
+        self, source: Normalised, strip: Strip, window: Window, top: int, left: int
+    ) -> None:
+        """Read a window to its place in a strip."""
         try:
-            return source.read(window)
+            source.read_into(strip, window, top, left)
+            return
         except BadBlockError as error:
             if not self.skip:
                 raise
             if max(window.height, window.width) <= SMALLEST_BAD:
                 self.skipped.append(str(error))
-                return empty_strip(source, window.height, window.width)
-        return join_halves(window, *(self.read(source, half) for half in halves(window)))
+                rows, columns = slice(top, top + window.height), slice(left, left + window.width)
+                empty = empty_strip(source, window.height, window.width)
+                strip.part(rows, columns).take(empty)
+                return
+        for half in halves(window):
+            down, right = half.row - window.row, half.col - window.col
+            self.read_into(source, strip, half, top + down, left + right)
 
 
 def empty_strip(source: Normalised, height: int, width: int) -> Strip:
@@ -237,24 +307,3 @@ def halves(window: Window) -> tuple[Window, Window]:
         return Window(row, col, half, width), Window(row + half, col, height - half, width)
     half = width // 2
     return Window(row, col, height, half), Window(row, col + half, height, width - half)
-
-
-def join_halves(window: Window, first: Strip, second: Strip) -> Strip:
-    """Inverse of `halves` for what was read."""
-    axis = -2 if window.height > window.width else -1
-    return Strip(
-        {m: np.concatenate([x, second.images[m]], axis) for m, x in first.images.items()},
-        {m: np.concatenate([x, second.valid[m]], axis) for m, x in first.valid.items()},
-    )
-
-
-def collate(parts: list[Strip], measured: Mapping[str, NDArray[np.bool_]]) -> Batch:
-    """Windows as one batch; validity and channels are named only where something is missing."""
-    images, valid = {}, {}
-    for m in parts[0].images:
-        images[m] = torch.from_numpy(np.stack([p.images[m] for p in parts]))
-        if not all(p.valid[m].all() for p in parts):
-            mask = np.stack([p.valid[m] for p in parts])
-            valid[m] = torch.from_numpy(mask[:, :, None])
-    channels = {m: torch.from_numpy(np.stack([c] * len(parts))) for m, c in measured.items()}
-    return Batch(images=images, valid=valid, channels=channels)
