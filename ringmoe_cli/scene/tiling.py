@@ -152,7 +152,7 @@ def windows_of(source: Source) -> list[Window]:
     with open_raster(first.path, allow_remote=source.allow_remote) as dataset:
         block = dataset.block_shapes[0]
     shaped = (block[0] * first.zoom, block[1] * first.zoom)
-    pixel = max(len(scene.bands), len(scene.channels)) * np.dtype(scene.dtype).itemsize
+    pixel = sum(b.measured for b in scene.bands) * np.dtype(scene.dtype).itemsize
     return region_windows(scene.grid, source.tile, pixel, shaped, source.shards)
 
 

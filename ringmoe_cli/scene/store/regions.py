@@ -25,6 +25,9 @@ from ringmoe_cli.scene.store.statistics import region_moments
 REGION_BYTES = 16 * 2**20
 """Raw bytes of a region: large enough to amortise reading, small enough for many at once."""
 
+STRIP_BYTES = 64 * 2**20
+"""Raw bytes of a row of tiles above which it is cut, though its strips are then read again."""
+
 LARGEST_UNIT = 2048
 """Regions are aligned to a file's blocks up to this side; larger blocks would cost memory."""
 
@@ -77,7 +80,7 @@ def region_windows(
 ) -> list[Window]:
     """Regions that cover a scene in whole files, shaped after the scene file's blocks.
 
-    Strips are read in full rows, since a part of a strip costs the whole; tiled files in squares
+    Strips are read in full rows where memory allows, since a part costs the whole; tiled files in squares
     aligned to their blocks, since a part of a block costs the whole.
 
     Args:
@@ -90,7 +93,8 @@ def region_windows(
     pixels = REGION_BYTES // pixel_bytes
     run = tile * (RUN if shards else VALID_RUN)
     if block[1] >= grid.width:
-        width = -(-grid.width // run) * run
+        widest = max(1, STRIP_BYTES // (pixel_bytes * tile * run)) * run
+        width = min(-(-grid.width // run) * run, widest)
         height = max(1, pixels // (width * tile)) * tile
     else:
         units = [
