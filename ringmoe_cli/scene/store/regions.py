@@ -80,8 +80,8 @@ def region_windows(
 ) -> list[Window]:
     """Regions that cover a scene in whole files, shaped after the scene file's blocks.
 
-    Strips are read in full rows where memory allows, since a part costs the whole; tiled files in squares
-    aligned to their blocks, since a part of a block costs the whole.
+    Strips are read in full rows where memory allows, since a part costs the whole; tiled files in
+    squares aligned to their blocks, since a part of a block costs the whole.
 
     Args:
         grid: the scene's grid.
