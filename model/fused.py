@@ -1,4 +1,4 @@
-"""Linear layers for inference on a CPU, through oneDNN with bias and GELU inside.
+"""Linear layers without autograd on a CPU, through oneDNN with bias and GELU inside.
 
 Elsewhere (other devices, other types, no oneDNN) the same functions are plain PyTorch.
 """
@@ -36,15 +36,20 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
     return F.linear(x, weight, bias)
 
 
-def linear_gelu(x: Tensor, weight: Tensor, bias: Tensor, form: str) -> Tensor:
-    """GELU(x·weightᵀ + bias), the GELU applied to the unrounded product.
+def quick_form(x: Tensor, form: str) -> str:
+    """The form of the GELU to compute where `form` is meant.
 
-    In bfloat16 the erf form stands for the tanh form: they are at most 4.7e-4 apart, less than what
-    rounding the product would do, and oneDNN's tanh form takes four times as long.
+    In bfloat16 the erf form stands for the tanh form on a CPU: they are at most 4.7e-4 apart, less
+    than what rounding does, and the tanh form takes as long as the matrix product.
     """
+    return "none" if x.is_cpu and x.dtype == torch.bfloat16 else form
+
+
+def linear_gelu(x: Tensor, weight: Tensor, bias: Tensor, form: str) -> Tensor:
+    """GELU(x·weightᵀ + bias), without gradients; oneDNN does not round the product in between."""
+    form = quick_form(x, form)
     if runs(x):
-        nearest = "none" if x.dtype == torch.bfloat16 else form
-        y: Tensor = torch.ops.mkldnn._linear_pointwise(x, weight, bias, "gelu", [], nearest)
+        y: Tensor = torch.ops.mkldnn._linear_pointwise(x, weight, bias, "gelu", [], form)
         return y
     return F.gelu(F.linear(x, weight, bias), approximate=form)
 
@@ -71,3 +76,12 @@ def gather(x_TD: Tensor, rows_N: Tensor) -> Tensor:
     if runs(x_TD):
         rows_N = F.pad(rows_N, (0, -len(rows_N) % ROUND))
     return x_TD.index_select(0, rows_N)
+
+
+def gather_padded(x_TD: Tensor, rows_N: Tensor, rows: int) -> Tensor:
+    """Some tokens, and rows of zeros up to a number."""
+    if rows == len(rows_N):
+        return x_TD.index_select(0, rows_N)
+    x = x_TD.new_zeros(rows, x_TD.shape[1])
+    torch.index_select(x_TD, 0, rows_N, out=x[: len(rows_N)])
+    return x

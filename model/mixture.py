@@ -70,16 +70,18 @@ class Mixture(torch.autograd.Function):
         stacks = [cast(Stack, tensors[i + 2 : i + 6]) for i in range(0, len(tensors), 6)]
         y_TD = plan.new(x_TD)
         kept: list[Tensor] = []
+        form = fused.quick_form(x_TD, plan.form)
         for bank, expert, rows, gate in plan.experts(tensors[0::6], tensors[1::6]):
             w1, b1, w2, b2 = (t[expert] for t in stacks[bank])
-            x = x_TD if rows is None else x_TD.index_select(0, rows)
-            hidden = torch.addmm(b1, x, w1.t())
-            active = F.gelu(hidden, approximate=plan.form)
+            x = x_TD if rows is None else fused.gather(x_TD, rows)
+            hidden = fused.linear(x, w1, b1)
+            active = F.gelu(hidden, approximate=form)
+            out = fused.linear(active, w2, b2)
             kept += [hidden, active]
             if rows is None or gate is None:
-                torch.addmm(b2, active, w2.t(), out=y_TD)
+                y_TD = out  # this job comes first
             else:
-                kept.append(torch.addmm(b2, active, w2.t()))
+                kept.append(out[: len(rows)])
                 y_TD.index_add_(0, rows, kept[-1] * gate[:, None])
         ctx.plan = plan
         ctx.save_for_backward(x_TD, *tensors, *kept)
@@ -98,6 +100,7 @@ class Mixture(torch.autograd.Function):
         dgates = [None if g is None else torch.empty_like(g) for g in gates]
         dstacks = [plan.new_stack(bank, stack) for bank, stack in enumerate(stacks)]
         dx_TD, dy_TD = plan.new(x_TD), dy_TD.contiguous()
+        form = fused.quick_form(x_TD, plan.form)
         gate_views = (dgate for *_, dgate in plan.experts(tensors[0::6], dgates))
         for bank, expert, rows, gate in plan.experts(tensors[0::6], gates):
             w1, _, w2, _ = (t[expert] for t in stacks[bank])
@@ -105,18 +108,18 @@ class Mixture(torch.autograd.Function):
             hidden, active, dgate = next(kept), next(kept), next(gate_views)
             x, dy = x_TD, dy_TD
             if rows is not None and gate is not None:
-                x, dy = x_TD.index_select(0, rows), dy_TD.index_select(0, rows)
-                torch.sum(dy * next(kept), dim=1, out=dgate)
-                dy = dy * gate[:, None]
+                x, dy = fused.gather(x_TD, rows), fused.gather_padded(dy_TD, rows, len(hidden))
+                torch.sum(dy[: len(rows)] * next(kept), dim=1, out=dgate)
+                dy[: len(rows)].mul_(gate[:, None])
             outer(dy, active, dw2)
             torch.sum(dy, dim=0, out=db2)
-            dhidden = torch.ops.aten.gelu_backward(dy @ w2, hidden, approximate=plan.form)
+            dhidden = torch.ops.aten.gelu_backward(dy @ w2, hidden, approximate=form)
             outer(dhidden, x, dw1)
             torch.sum(dhidden, dim=0, out=db1)
             if rows is None:
                 torch.mm(dhidden, w1, out=dx_TD)
             else:
-                dx_TD.index_add_(0, rows, dhidden @ w1)
+                dx_TD.index_add_(0, rows, (dhidden @ w1)[: len(rows)])
         pairs = zip(dgates, dstacks, strict=True)
         return dx_TD, None, *(t for gate, stack in pairs for t in (None, gate, *stack))
 
