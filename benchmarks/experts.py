@@ -4,10 +4,12 @@
 
 The layer has 4 specialised, 4 collaborative and 1 shared expert, top-1: three FFNs per token. The
 baseline is one FFN of three times the hidden width on the same tokens, through `F.linear`. Both
-compute in the stated type. Ratios are medians over rounds in which the two take turns.
+compute in the stated type. Ratios are medians over rounds in which the two take turns. `packed` is
+the forward pass with weights laid out once (`model.experts.pack`), as `ringmoe predict` runs it.
 """
 
 import argparse
+import copy
 import time
 from collections.abc import Callable
 from statistics import median
@@ -17,7 +19,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from model.config import ModelConfig
-from model.experts import ExpertBank, RMoE
+from model.experts import ExpertBank, RMoE, pack
 
 EVEN, SKEWED = (0.25, 0.25, 0.25, 0.25), (0.55, 0.25, 0.15, 0.05)
 
@@ -130,7 +132,11 @@ def compare(args: argparse.Namespace, width: int, count: int, dtype: torch.dtype
         dense = passes(ffn, x, ffn)
         ours = passes(lambda x: layer(x, {"opt": len(x)})[0], x, layer)
         cells = [ratio(a, b, args.seconds, args.device) for a, b in zip(ours, dense, strict=True)]
+        packed = copy.deepcopy(layer)
+        pack(packed)
+        quick, _ = passes(lambda x, m=packed: m(x, {"opt": len(x)})[0], x, packed)
         line = f"| {str(dtype)[6:]} | {width} | {count} | {name} |"
+        line += f" {ratio(quick, dense[0], args.seconds, args.device)[0]:.2f} |"
         line += "".join(f" {value:.2f} |" for value, _ in cells)
         line += "".join(f" {ms:.1f} |" for _, ms in cells)
         if args.one_hot and name == "even":
@@ -153,8 +159,9 @@ def main() -> None:
     parser.add_argument("--flops", type=float, default=1.2e12, help="largest forward per cell")
     args = parser.parse_args()
     torch.manual_seed(0)
-    print("| type | d | tokens | routing | forward | fwd+bwd | dense fwd ms | dense both ms |")
-    print("|---|--:|--:|---|--:|--:|--:|--:|")
+    columns = "type | d | tokens | routing | packed | forward | both | dense forward ms | both ms"
+    print(f"| {columns} |{' one-hot forward | both |' if args.one_hot else ''}")
+    print("|---|--:|--:|---|--:|--:|--:|--:|--:|" + "--:|--:|" * args.one_hot)
     for dtype in args.dtypes:
         for width in args.widths:
             for count in args.tokens:

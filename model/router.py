@@ -86,7 +86,7 @@ class Router(nn.Module):
             wide = torch.promote_types(x_TD.dtype, torch.float32)
             probability_TE = F.linear(x_TD.to(wide), self.weight.to(wide)).softmax(-1)
         gate_TK, choice_TK = self.choose(probability_TE)
-        counts_E = torch.bincount(choice_TK.flatten(), minlength=len(self.kept))
+        counts_E = count(choice_TK.flatten(), len(self.kept))
         assignment = self.assign(gate_TK, choice_TK, counts_E)
         dropped = choice_TK.numel() - len(assignment.rows_N)
         row_counts_E = counts_E
@@ -117,6 +117,11 @@ class Router(nn.Module):
             counts_E = counts_E.clamp(max=room)
         rows_N = order_N if k == 1 else order_N % max(tokens, 1)
         return Assignment(rows_N, gate_TK.t().flatten()[order_N], counts_E)
+
+
+def count(choice_N: Tensor, experts: int) -> Tensor:
+    """(E,) how often each expert was chosen; a GPU would make the host wait for `bincount`."""
+    return choice_N.new_zeros(experts).scatter_add_(0, choice_N, torch.ones_like(choice_N))
 
 
 def balance_loss(routing: list[LayerRouting]) -> Tensor:
