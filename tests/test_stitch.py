@@ -37,7 +37,11 @@ def stitch(lattice, channels, window_at, first=0, batch=5):
     for row in range(stitcher.row, lattice.rows):
         while todo and todo[0][0] <= row:
             at = todo.pop(0)
-            stitcher.add(*at, window_at(*at))
+            values = window_at(*at)
+            if values is None:
+                stitcher.skip(*at, 1)
+            else:
+                stitcher.add(*at, values[None])
         done = stitcher.finish().copy()
         rows += [done] if row >= first else []
     return np.concatenate(rows, axis=1)
@@ -87,6 +91,23 @@ def test_starting_later_gives_the_same_bits(lattice, seed, data):
     whole = stitch(lattice, 3, lambda r, c: values[r, c])
     part = stitch(lattice, 3, lambda r, c: values[r, c], first)
     np.testing.assert_array_equal(part, whole[:, lattice.finished(first)[0] :])
+
+
+@settings(deadline=None, max_examples=50)
+@given(lattices(), st.integers(0, 2**32 - 1))
+def test_neighbours_at_once_give_the_same_bits(lattice, seed):
+    values = np.random.default_rng(seed).random(
+        (lattice.rows, lattice.columns, 2, lattice.window, lattice.window), np.float32
+    )
+    stitcher, rows = Stitcher(lattice, 2), []
+    for row in range(lattice.rows):
+        half = lattice.columns // 2
+        if half:
+            stitcher.add(row, 0, values[row, :half])
+        stitcher.add(row, half, values[row, half:])
+        rows.append(stitcher.finish().copy())
+    one_by_one = stitch(lattice, 2, lambda r, c: values[r, c])
+    np.testing.assert_array_equal(np.concatenate(rows, axis=1), one_by_one)
 
 
 def test_silent_windows_are_zeros_whatever_the_memory_held_before():

@@ -7,6 +7,7 @@ that a resumed or divided run does the same arithmetic as an undisturbed one.
 import time
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
+from itertools import groupby
 from typing import Protocol
 
 import numpy as np
@@ -109,12 +110,17 @@ def lattice_of(source: Normalised, settings: Settings) -> Lattice:
 def blend(
     stitcher: Stitcher, some: Windows, dense: NDArray[np.float32] | None, cell: int = 1
 ) -> Iterator[Rows]:
-    """Add a batch of answers window by window; yield rows as they become complete."""
-    last = stitcher.lattice.columns - 1
-    answer = dict(zip(some.full, dense, strict=True)) if dense is not None else {}
-    for i, (row, column) in enumerate(some.places):
-        stitcher.add(row, column, answer.get(i))
-        if column == last and row == stitcher.row:
+    """Add a batch of answers, neighbours at once; yield rows as they become complete."""
+    last, full, done = stitcher.lattice.columns - 1, set(some.full), 0
+    numbers = range(len(some.places))
+    for (row, speaks), run in groupby(numbers, lambda i: (some.places[i][0], i in full)):
+        columns = [some.places[i][1] for i in run]
+        if speaks and dense is not None:
+            stitcher.add(row, columns[0], dense[done : done + len(columns)])
+            done += len(columns)
+        else:
+            stitcher.skip(row, columns[0], len(columns))
+        if columns[-1] == last and row == stitcher.row:
             rows = stitcher.finish()
             if row in some.finished:
                 start = stitcher.lattice.finished(row)[0]

@@ -130,31 +130,51 @@ class Stitcher:
         shape = (channels, lattice.overlap, lattice.padded_width)
         self.shared = np.empty(shape, np.float32)
 
-    def add(self, row: int, column: int, values: NDArray[np.float32] | None) -> None:
-        """Blend a window into its row; columns come in order, each once.
+    def add(self, row: int, column: int, windows: NDArray[np.float32]) -> None:
+        """Blend neighbouring windows into their row; columns come in order, each once.
 
         Args:
             row: of the lattice; those above the current one are of no more use.
-            column: of the lattice.
-            values: (K, window, window); None for a window that says nothing.
+            column: of the lattice, where the first window stands.
+            windows: (n, K, window, window).
         """
         if row < self.row:
             return
-        lattice = self.lattice
-        window, overlap = lattice.window, lattice.overlap
-        left = column * lattice.stride
-        target = self.strip(row)[:, :, left : left + window]
-        known = overlap if column else 0  # columns that the windows before have begun
-        if values is None:
-            target[:, :, known:] = 0
+        if 2 * self.lattice.overlap > self.lattice.window:
+            for i, values in enumerate(windows):
+                self.add_one(row, column + i, values)
             return
-        weights = lattice.tapers[1][column]
-        flat = slice(known, max(known, window - overlap))
-        rest = slice(flat.stop, window)
-        np.add(target[:, :, :known], values[:, :, :known] * weights[:known],
-               out=target[:, :, :known])  # fmt: skip
-        target[:, :, flat] = values[:, :, flat]
-        np.multiply(values[:, :, rest], weights[rest], out=target[:, :, rest])
+        n, overlap, stride = len(windows), self.lattice.overlap, self.lattice.stride
+        weights, end = self.lattice.tapers[1][column : column + n], (column + n) * stride
+        values = windows.transpose(1, 2, 0, 3)  # (K, window, n, window)
+        strip = self.strip(row)
+        blocks = strip[:, :, column * stride : end].reshape(*strip.shape[:2], n, stride)
+        blocks[..., overlap:] = values[..., overlap:stride]  # of weight one: nobody else is there
+        if not overlap:
+            return
+        starts = values[..., :overlap] * weights[:, :overlap]
+        ends = values[..., stride:] * weights[:, stride:]
+        np.add(ends[:, :, :-1], starts[:, :, 1:], out=blocks[:, :, 1:, :overlap])
+        blocks[:, :, 0, :overlap] = starts[:, :, 0] + (blocks[:, :, 0, :overlap] if column else 0)
+        strip[:, :, end : end + overlap] = ends[:, :, -1]
+
+    def add_one(self, row: int, column: int, values: NDArray[np.float32]) -> None:
+        """Blend a window (K, window, window) that shares pixels with more than its neighbours."""
+        left, overlap = column * self.lattice.stride, self.lattice.overlap
+        target = self.strip(row)[:, :, left : left + self.lattice.window]
+        known = overlap if column else 0  # columns that the windows before have begun
+        weighted = values * self.lattice.tapers[1][column]
+        target[:, :, :known] += weighted[:, :, :known]
+        target[:, :, known:] = weighted[:, :, known:]
+
+    def skip(self, row: int, column: int, count: int) -> None:
+        """Pass over neighbouring windows that say nothing: they count as zeros."""
+        if row < self.row:
+            return
+        lattice = self.lattice
+        begin = column * lattice.stride + (lattice.overlap if column else 0)
+        end = (column + count - 1) * lattice.stride + lattice.window
+        self.strip(row)[:, :, begin:end] = 0
 
     def strip(self, row: int) -> NDArray[np.float32]:
         """The strip of a row of windows, (K, window, padded width)."""

@@ -3,10 +3,12 @@
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from itertools import groupby
 from typing import Any, Protocol
 
 import numpy as np
 import torch
+from numpy.lib.stride_tricks import sliding_window_view
 from numpy.typing import NDArray
 
 from model.batch import Batch
@@ -75,22 +77,29 @@ class Normalised:
                 found[modality] = np.array([n.split("_")[0] not in missing for n in names])
         return found
 
-    def read_into(self, strip: "Strip", window: Window, top: int, left: int) -> None:
-        """Put normalised values and validity of a window in their place in a strip."""
-        rows, columns = slice(top, top + window.height), slice(left, left + window.width)
-        for modality in self.modalities:
+    def physical(self, window: Window) -> "Physical":
+        """What the readers have in a window."""
+        return {m: [date[m].physical(window) for date in self.dates] for m in self.modalities}
+
+    def put(self, strip: "Strip", found: "Physical", top: int, left: int) -> None:
+        """Normalise what was read to its place in a strip."""
+        for modality, dates in found.items():
             norm = self.normalisation[modality]
-            for t, date in enumerate(self.dates):
-                values, valid = date[modality].physical(window)
-                place = strip.images[modality][t, :, rows, columns]
-                norm.apply(values, valid[None], out=place)
+            for t, (values, valid) in enumerate(dates):
+                height, width = valid.shape
+                rows, columns = slice(top, top + height), slice(left, left + width)
+                norm.apply(values, valid[None], out=strip.images[modality][t, :, rows, columns])
                 strip.valid[modality][t, rows, columns] = valid
 
     def read(self, window: Window) -> "Strip":
         """Normalised values and validity of a window."""
         strip = empty_strip(self, window.height, window.width)
-        self.read_into(strip, window, 0, 0)
+        self.put(strip, self.physical(window), 0, 0)
         return strip
+
+
+Physical = dict[str, list[tuple[NDArray[np.float32], NDArray[np.bool_]]]]
+"""modality -> per date, physical channels (C, h, w) and validity (h, w)."""
 
 
 @dataclass(frozen=True)
@@ -165,13 +174,14 @@ def window_batches(
     strips = ahead(read_strips(source, lattice, batches[0][0][0], batches[-1][-1][0], skip), 1)
     row = next(strips)
     for places in batches:
-        gathered = Gathered(source, lattice.window, len(places))
+        gathered = Gathered(source, lattice, len(places))
         finished = {}
-        for i, (number, column) in enumerate(places):
+        for number, run in groupby(places, key=lambda place: place[0]):
             if number != row.number:
                 row = next(strips)
-            gathered.add(i, row, column * lattice.stride)
-            if column == lattice.columns - 1 and first <= number < stop:
+            columns = [column for _, column in run]
+            gathered.add(row, columns)
+            if columns[-1] == lattice.columns - 1 and first <= number < stop:
                 start, end = lattice.finished(number)
                 finished[number] = row.seen[: end - start, : lattice.width].copy()
         yield Windows(places, gathered.full, gathered.batch(), finished)
@@ -180,32 +190,44 @@ def window_batches(
 def read_strips(
     source: Normalised, lattice: Lattice, first: int, last: int, skip: "SkipBad"
 ) -> Iterator[RowOfWindows]:
-    """Rows of windows first..last; what a strip shares with the one above is not read again."""
+    """Rows of windows first..last; files are decoded in a thread of their own."""
     spare = [empty_strip(source, lattice.window, lattice.padded_width) for _ in range(STRIPS)]
-    above: Strip | None = None
-    for number in range(first, last + 1):
-        strip = spare[number % STRIPS]
-        known = lattice.overlap if above else 0
-        if above and known:
-            kept, everywhere = slice(lattice.stride, None), slice(None)
-            strip.part(slice(known), everywhere).take(above.part(kept, everywhere))
-        top = number * lattice.stride + known
-        for left in range(0, lattice.padded_width, PIECE):
-            width = min(PIECE, lattice.padded_width - left)
-            window = Window(top, left, lattice.window - known, width)
-            skip.read_into(source, strip, window, known, left)
-        above = strip
+    pieces = ahead(read_pieces(source, lattice, first, last, skip), 2)
+    for number, parts in groupby(pieces, key=lambda piece: piece[0]):
+        strip, above = spare[number % STRIPS], spare[(number - 1) % STRIPS]
+        if number > first and lattice.overlap:
+            shared, everywhere = slice(lattice.stride, None), slice(None)
+            top_rows = strip.part(slice(lattice.overlap), everywhere)
+            top_rows.take(above.part(shared, everywhere))
+        for _, window, found in parts:
+            source.put(strip, found, window.row - number * lattice.stride, window.col)
         whole = {m: np.asarray(v.all(axis=(0, 1))) for m, v in strip.valid.items()}
         yield RowOfWindows(number, strip, strip.seen, whole)
+
+
+def read_pieces(
+    source: Normalised, lattice: Lattice, first: int, last: int, skip: "SkipBad"
+) -> Iterator[tuple[int, Window, Physical]]:
+    """What the strips of rows first..last hold, without what they share with the one above."""
+    for number in range(first, last + 1):
+        known = lattice.overlap if number > first else 0
+        for left in range(0, lattice.padded_width, PIECE):
+            width = min(PIECE, lattice.padded_width - left)
+            top = number * lattice.stride + known
+            window = Window(top, left, lattice.window - known, width)
+            for part, found in skip.physical(source, window):
+                yield number, part, found
 
 
 class Gathered:
     """Windows on their way into a batch; they are copied at once, as strips are used again."""
 
-    def __init__(self, source: Normalised, window: int, count: int) -> None:
+    def __init__(self, source: Normalised, lattice: Lattice, count: int) -> None:
         """Make room for `count` windows."""
-        self.source, self.window = source, window
+        self.source, self.lattice = source, lattice
+        self.offered = 0
         self.full: list[int] = []
+        window = lattice.window
         shape = (count, len(source.dates))
         self.images = {
             m: np.empty((*shape, len(source.normalisation[m].bands), window, window), np.float32)
@@ -214,18 +236,33 @@ class Gathered:
         self.valid = {m: np.empty((*shape, window, window), np.bool_) for m in source.modalities}
         self.whole = dict.fromkeys(source.modalities, True)
 
-    def add(self, index: int, row: RowOfWindows, left: int) -> None:
-        """Take the window of a row that begins at a column, if it holds a valid pixel."""
-        columns = slice(left, left + self.window)
-        whole = {m: bool(v[columns].all()) for m, v in row.whole.items()}
-        if not any(whole.values()) and not row.seen[:, columns].any():
+    def add(self, row: RowOfWindows, columns: list[int]) -> None:
+        """Take the windows at some neighbouring columns of a row, if they hold a valid pixel."""
+        left, end = columns[0], columns[-1]
+        pixels = slice(left * self.lattice.stride, end * self.lattice.stride + self.lattice.window)
+        if all(v[pixels].all() for v in row.whole.values()):
+            self.copy(row, columns, dict.fromkeys(row.whole, True))
+            self.offered += len(columns)
             return
-        n = len(self.full)
-        for m, images in self.images.items():
-            images[n] = row.strip.images[m][..., columns]
-            self.valid[m][n] = row.strip.valid[m][..., columns]
+        for column in columns:
+            self.add_partial(row, column)
+
+    def add_partial(self, row: RowOfWindows, column: int) -> None:
+        """Take one window, unless it is empty."""
+        left = column * self.lattice.stride
+        pixels = slice(left, left + self.lattice.window)
+        if row.seen[:, pixels].any():
+            self.copy(row, [column], {m: bool(v[pixels].all()) for m, v in row.whole.items()})
+        self.offered += 1
+
+    def copy(self, row: RowOfWindows, columns: list[int], whole: dict[str, bool]) -> None:
+        """Copy neighbouring windows."""
+        n, count = len(self.full), len(columns)
+        for m in self.images:
+            self.images[m][n : n + count] = windows_of(row.strip.images[m], self.lattice, columns)
+            self.valid[m][n : n + count] = windows_of(row.strip.valid[m], self.lattice, columns)
             self.whole[m] &= whole[m]
-        self.full.append(index)
+        self.full += range(self.offered, self.offered + count)
 
     def batch(self) -> Batch | None:
         """The batch; validity and channels are named only where something is missing."""
@@ -245,6 +282,14 @@ class Gathered:
         )
 
 
+def windows_of(strip: NDArray[Any], lattice: Lattice, columns: list[int]) -> NDArray[Any]:
+    """Neighbouring windows of a strip (..., window, width) as views, (n, ..., window, window)."""
+    begin = columns[0] * lattice.stride
+    views = sliding_window_view(strip[..., begin:], lattice.window, axis=-1)
+    chosen = views[..., : len(columns) * lattice.stride : lattice.stride, :]
+    return np.moveaxis(chosen, -2, 0)
+
+
 class SkipBad:
     """What to do about blocks that cannot be decoded: fail, or leave them out and count them."""
 
@@ -259,28 +304,30 @@ class SkipBad:
             BadBlockError: if not skipping.
         """
         strip = empty_strip(source, window.height, window.width)
-        self.read_into(source, strip, window, 0, 0)
+        for part, found in self.physical(source, window):
+            source.put(strip, found, part.row - window.row, part.col - window.col)
         return strip
 
-    def read_into(
-        self, source: Normalised, strip: Strip, window: Window, top: int, left: int
-    ) -> None:
-        """Read a window to its place in a strip."""
+    def physical(self, source: Normalised, window: Window) -> Iterator[tuple[Window, Physical]]:
+        """What a window holds, in as many parts as it has unreadable places."""
         try:
-            source.read_into(strip, window, top, left)
+            yield window, source.physical(window)
             return
         except BadBlockError as error:
             if not self.skip:
                 raise
             if max(window.height, window.width) <= SMALLEST_BAD:
                 self.skipped.append(str(error))
-                rows, columns = slice(top, top + window.height), slice(left, left + window.width)
-                empty = empty_strip(source, window.height, window.width)
-                strip.part(rows, columns).take(empty)
+                yield window, nothing(source, window)
                 return
         for half in halves(window):
-            down, right = half.row - window.row, half.col - window.col
-            self.read_into(source, strip, half, top + down, left + right)
+            yield from self.physical(source, half)
+
+
+def nothing(source: Normalised, window: Window) -> Physical:
+    """A window without a valid pixel."""
+    empty = empty_strip(source, window.height, window.width)
+    return {m: list(zip(x, empty.valid[m], strict=True)) for m, x in empty.images.items()}
 
 
 def empty_strip(source: Normalised, height: int, width: int) -> Strip:
