@@ -12,7 +12,6 @@ from typing import Any
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from scipy.optimize import linear_sum_assignment
 
 from model.boxes import Boxes, iou_matrix
 
@@ -140,6 +139,8 @@ class Tracker:
         if not len(tracks) or not len(group):
             return
         likeness = self.likeness(boxes[torch.from_numpy(group)])[tracks]
+        from scipy.optimize import linear_sum_assignment  # a quarter second of import
+
         row, col = linear_sum_assignment(likeness, maximize=True)
         good = likeness[row, col] > 0
         owner[group[col[good]]] = tracks[row[good]]

@@ -176,7 +176,7 @@ class WindowAttention(nn.Module):
         self.proj = nn.Linear(width, width)
         self.kept_bias: tuple[Any, tuple[Tensor, ...], Tensor] | None = None
         if self.cosine:
-            self.logit_scale = nn.Parameter(torch.full((heads, 1, 1), 10.0).log())
+            self.logit_scale = nn.Parameter(torch.full((heads, 1, 1), math.log(10.0)))
             self.position: nn.Module = ContinuousBias(window, heads)
         else:
             self.k_bias = nn.Parameter(torch.zeros(width))

@@ -12,7 +12,6 @@ from typing import Any
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from scipy.optimize import linear_sum_assignment
 
 from model.boxes import Boxes, iou_matrix
 
@@ -128,6 +127,8 @@ def sizes(frames: list[Frame]) -> tuple[Indices, Indices]:
 
 def best_pairs(score: Floats) -> tuple[Indices, Indices]:
     """The one-to-one pairs (rows, columns) of largest total score."""
+    from scipy.optimize import linear_sum_assignment  # a quarter second of import
+
     row, col = linear_sum_assignment(score, maximize=True)
     return row, col
 
