@@ -28,6 +28,7 @@ from model.experts import ExpertBank, Job, RMoE, run_locally
 from model.mixture import Stack, each
 from model.pretrain import MaskedImageModel
 from model.router import Assignment, BranchRouting, LayerRouting, Router
+from model.start import Source, blocks_of, fill_part
 
 
 @dataclass(frozen=True)
@@ -94,32 +95,43 @@ def total(statistic: Tensor) -> Tensor:
 
 
 def distribute(
-    network: MaskedImageModel, device: str, ep: int = 1, precision: str = "fp32"
+    network: MaskedImageModel,
+    device: str,
+    ep: int = 1,
+    precision: str = "fp32",
+    source: Source | None = None,
 ) -> None:
     """Shard a network over all processes; its `loss` then gives this rank's share of the loss.
 
     Args:
-        network: with equal weights on every rank.
+        network: with equal weights on every rank, or on the meta device.
         device: of this rank.
         ep: ranks among which the experts of a branch are split; divides ranks and experts.
         precision: "bf16" gathers weights in bfloat16; gradients are summed in fp32.
+        source: weights of a network on the meta device, equal on every rank; each part is sharded
+            as soon as it is there, so that a rank never holds more than its shard and one part.
 
     Raises:
         ValueError: if `ep` divides neither ranks nor experts.
     """
     world = dist.get_world_size()
     check_ep(network, world, ep)
-    network.to(device)
     shape, kind = (world // ep, ep), torch.device(device).type
     mesh = init_device_mesh(kind, shape, mesh_dim_names=("dp", "ep"))
     everyone = mesh[("dp", "ep")]._flatten("everyone")
     policy = MixedPrecisionPolicy(cast_forward_inputs=False)
     if precision == "bf16":
         policy = replace(policy, param_dtype=torch.bfloat16, reduce_dtype=torch.float32)
-    for block in [m for m in network.modules() if isinstance(m, Block)]:
+    for name, block in list(blocks_of(network)):
+        if source is not None:
+            fill_part(block, source(name))
+        block.to(device)
         split = split_experts(block.moe, mesh["ep"])
         block.register_forward_hook(whole_batch)
         shard(block, everyone, mesh["dp"], split, policy)
+    if source is not None:
+        fill_part(network, source(""))
+    network.to(device)
     network.register_forward_hook(touch_absent)
     shard(network, everyone, mesh["dp"], set(), policy)
     network.total = total

@@ -1,6 +1,5 @@
 """One rank of the equality tests: python parallel_worker.py CASE EP FOLDER (under torchrun)."""
 
-import copy
 import json
 import sys
 from pathlib import Path
@@ -14,6 +13,7 @@ from model.config import ModelConfig, PretrainConfig
 from model.normalisation import Normalisation
 from model.parallel import clip_grad_norm, distribute, join, leave, ranks, whole_tensors
 from model.pretrain import MaskedImageModel, batch_masks
+from model.start import Source, blocks_of, drawn, fill
 
 CONFIG = ModelConfig(
     embed_dim=8,
@@ -27,14 +27,33 @@ CONFIG = ModelConfig(
 SAR = Normalisation(("hh",), (0.0,), (1.0,), (0.0, 5.0))
 
 
+def bare_network() -> MaskedImageModel:
+    with torch.device("meta"):
+        return MaskedImageModel(CONFIG, PretrainConfig(), {"sar-l1": SAR})
+
+
 def network() -> MaskedImageModel:
-    torch.manual_seed(0)
-    net = MaskedImageModel(CONFIG, PretrainConfig(), {"sar-l1": SAR}).double()
+    net = bare_network()
+    fill(net, drawn(CONFIG, PretrainConfig(), 0))
+    net.double()
     with torch.no_grad():  # uneven routing: some experts get nearly all tokens
         for name, parameter in net.named_parameters():
             if ".router." in name:
                 parameter.mul_(40)
     return net
+
+
+def parts_of(net: MaskedImageModel) -> Source:
+    """The weights of a network, a copy of one part at a time."""
+
+    def part(name: str) -> dict[str, Tensor]:
+        inside = {n for n, _ in blocks_of(net)}
+        whole = {k: v.clone() for k, v in net.state_dict().items()}
+        if name:
+            return {k.removeprefix(f"{name}."): v for k, v in whole.items() if f"{name}." in k}
+        return {k: v for k, v in whole.items() if not any(k.startswith(f"{n}.") for n in inside)}
+
+    return part
 
 
 def batch_of(images: dict[str, range]) -> Batch:
@@ -100,8 +119,8 @@ def main(ep: int, folder: Path, scale: float) -> None:
     who = ranks()
     join(who, "cpu", timeout=60)
     single = network()
-    net = copy.deepcopy(single)
-    distribute(net, "cpu", ep=ep)
+    net = bare_network().double()
+    distribute(net, "cpu", ep=ep, source=parts_of(single))
 
     images = whole(who.world)
     batch = batch_of(images)

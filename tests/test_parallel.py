@@ -11,22 +11,20 @@ from model.config import ModelConfig, PretrainConfig
 from model.parallel import Ranks, check_ep, ranks
 from model.pretrain import MaskedImageModel
 
-WORKER = Path(__file__).parent / "parallel_worker.py"
+HERE = Path(__file__).parent
+
+
+def torchrun(processes: int, script: str, *words: object) -> None:
+    """Run a script of this folder on several processes."""
+    program = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
+    program += [f"--nproc-per-node={processes}", str(HERE / script), *map(str, words)]
+    done = subprocess.run(program, capture_output=True, text=True, timeout=200, check=False)
+    assert done.returncode == 0, done.stderr[-3000:]
 
 
 def compare(processes: int, ep: int, folder: Path, scale: float = 1.0) -> dict[str, float]:
     """Run the worker under torchrun and return its largest differences to one process."""
-    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
-    words = [
-        *torchrun,
-        f"--nproc-per-node={processes}",
-        str(WORKER),
-        str(ep),
-        str(folder),
-        str(scale),
-    ]
-    done = subprocess.run(words, capture_output=True, text=True, timeout=200, check=False)
-    assert done.returncode == 0, done.stderr[-3000:]
+    torchrun(processes, "parallel_worker.py", ep, folder, scale)
     report: dict[str, float] = json.loads((folder / "report.json").read_text())
     return report
 
@@ -44,6 +42,17 @@ def test_gradients_of_twice_the_size_are_noticed(tmp_path: Path) -> None:
     report = compare(2, 2, tmp_path, scale=2.0)
     assert report["loss"] < 1e-10
     assert min(report["gradient"], report["norm"]) > 1e-3
+
+
+@pytest.mark.distributed
+def test_a_state_saved_on_two_ranks_loads_on_one_and_on_four(tmp_path: Path) -> None:
+    """Weights and moments of AdamW, experts split on two and on four ranks."""
+    for processes, mode, ep in ((2, "save", 2), (1, "load", 1), (4, "load", 4)):
+        torchrun(processes, "state_worker.py", mode, ep, tmp_path)
+        report = json.loads((tmp_path / f"{mode}.json").read_text())
+        assert report["worst"] < 1e-8, (processes, report)
+        assert report["same"]
+        assert report["tensors"] > 200
 
 
 def test_ranks_come_from_torchrun_then_slurm(monkeypatch: pytest.MonkeyPatch) -> None:

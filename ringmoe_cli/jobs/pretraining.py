@@ -25,6 +25,7 @@ from model.parallel import (
 )
 from model.physics import local_looks, log_floor, span
 from model.pretrain import MaskedImageModel, with_masks
+from model.start import drawn, fill
 from model.state import TrainingState
 from model.train import ALONE, Crew, StepReport, compile_blocks, recompute_blocks, train
 from model.utilisation import Utilisation
@@ -125,7 +126,11 @@ def pretrain_together(request: PretrainRequest, who: Ranks) -> dict[str, Any]:
     data = open_data(request.stores or simulated_stores(output / SIMULATED), recipe)
     torch.manual_seed(config.seed)
     model = recipe.model_config(data.channels)
-    network = MaskedImageModel(model, recipe.objective, data.normalisation)
+    with torch.device("meta"):
+        network = MaskedImageModel(model, recipe.objective, data.normalisation)
+    weights = drawn(model, recipe.objective, config.seed)
+    if who.world == 1:
+        fill(network, weights)
     routing = RoutingLog(network.encoder, config, output, done, total)
     if config.recompute:
         recompute_blocks(network)
@@ -141,7 +146,7 @@ def pretrain_together(request: PretrainRequest, who: Ranks) -> dict[str, Any]:
     )
     crew = ALONE
     if who.world > 1:
-        distribute(network, request.device, config.ep, config.precision)
+        distribute(network, request.device, config.ep, config.precision, weights)
         crew = Crew(who.rank == 0, total, clip_grad_norm, (*model.modalities, "balance"))
     dtype = torch.bfloat16 if config.precision == "bf16" else torch.float32
     utilisation = Utilisation.of(model, request.device, dtype, who.world)
