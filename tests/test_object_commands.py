@@ -99,26 +99,103 @@ def test_a_format_that_cannot_be_written(still, tmp_path):
     assert list(tmp_path.iterdir()) == []
 
 
-def test_clips(tmp_path):
-    for clip in ("a", "b"):
+@pytest.fixture(scope="module")
+def clip(tmp_path_factory):
+    """A MOT clip and a model that has seen two of them."""
+    root = tmp_path_factory.mktemp("mot")
+    for name in ("a", "b"):
         rows = []
-        for t in range(1, 5):
-            left, frame = 5 + 6 * t, tmp_path / "mot" / clip / "img1" / f"{t:06d}.png"
+        for t in range(1, 6):
+            left, frame = 5 + 6 * t, root / name / "img1" / f"{t:06d}.png"
             image(frame, (left, 30, left + 20, 42))
             rows.append(f"{t},3,{left},30,20,12,1,1,1")
-        (tmp_path / "mot" / clip / "gt").mkdir()
-        (tmp_path / "mot" / clip / "gt" / "gt.txt").write_text("\n".join(rows))
-    run = tmp_path / "run"
-    data = tmp_path / "mot"
-    learned = said("finetune", data, "--task", "tracking", "-o", run, "--classes", "bar", *SMALL)
-    assert {"hota", "mota", "idf1", "map50"} <= set(learned["scores"])
-    scores = said("evaluate", data, "-m", run, "-o", tmp_path / "e", "--modality", "opt")["scores"]
-    assert scores["labels"] == 4
-    frames = sorted((tmp_path / "mot" / "a" / "img1").glob("*.png"))
+        (root / name / "gt").mkdir()
+        (root / name / "gt" / "gt.txt").write_text("\n".join(rows))
+    run = root.parent / "track"
+    learned = said("finetune", root, "--task", "tracking", "-o", run, "--classes", "bar", *SMALL)
+    return root, run, learned["scores"]
+
+
+def test_clips(clip, tmp_path):
+    root, run, learned = clip
+    assert {"hota", "mota", "idf1", "map50"} <= set(learned)
+    scores = said("evaluate", root, "-m", run, "-o", tmp_path / "e", "--modality", "opt")["scores"]
+    assert scores["labels"] == 5
+    frames = sorted((root / "a" / "img1").glob("*.png"))
     done = said("predict", *frames, "-m", run, "-o", tmp_path / "t.txt")
-    assert done["frames"] == 4
+    assert done["frames"] == 5
     assert (tmp_path / "t.txt").is_file()
     assert (tmp_path / "t.geojson").is_file()
+
+
+@pytest.mark.distributed
+def test_workers_find_the_same_objects_and_tracks(still, clip, tmp_path):
+    folder, run = still[0], tmp_path / "det"
+    learn = [*SMALL, "--set", "train.lr=0.01", "--steps", 50]
+    said("finetune", folder, "--task", "detection", "-o", run, "--classes", "bar", *learn)
+    image(tmp_path / "tall.png", (20, 30, 60, 50), 300)
+    frames = sorted((clip[0] / "a" / "img1").glob("*.png"))
+    for scenes, model, suffix in (
+        ([tmp_path / "tall.png"], run, ".geojson"), (frames, clip[1], ".txt"),
+    ):  # fmt: skip
+        one, many = (tmp_path / kind / f"found{len(scenes)}{suffix}" for kind in ("one", "many"))
+        words = ["predict", *scenes, "-m", model, "--score", 0.01]
+        said(*words, "-o", one)
+        done = said(*words, "-o", many, "--workers", 2)
+        assert suffix == ".txt" or done["objects"]["bar"] > 0
+        assert one.read_bytes() == many.read_bytes()
+    both = [folder / "images" / f"{n}.png" for n in (3, 4)]
+    ringmoe("predict", *both, "-m", run, "-o", tmp_path, "--workers", 2)
+    assert {f"{n}_detection.geojson" for n in (3, 4)} <= {p.name for p in tmp_path.iterdir()}
+
+
+def georeferenced(path, pixels):
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with rasterio.open(
+        path, "w", driver="GTiff", height=pixels.shape[1], width=pixels.shape[2],
+        count=len(pixels), dtype="uint8", crs="EPSG:32633",
+        transform=Affine(10, 0, 500_000, 0, -10, 4_000_000),
+    ) as out:  # fmt: skip
+        out.write(pixels)
+    return path
+
+
+def test_the_class_of_every_tile_of_a_scene(tmp_path):
+    rng = np.random.default_rng(0)
+    for k, name in enumerate(("dark", "light")):
+        for n in range(4):
+            pixels = rng.integers(0, 100, (3, 64, 64)) + 150 * k
+            georeferenced(tmp_path / "data" / name / f"{n}.tif", pixels.astype(np.uint8))
+    run, tiles = tmp_path / "run", tmp_path / "tiles.gpkg"
+    said("finetune", tmp_path / "data", "--task", "classification", "-o", run, *SMALL)
+    scene = rng.integers(0, 100, (3, 128, 192)).astype(np.uint8)
+    done = said("predict", georeferenced(tmp_path / "s.tif", scene), "-m", run, "-o", tiles)
+    table = geopandas.read_file(tiles)
+    assert len(table) == 6
+    assert sum(done["tiles"].values()) == 6
+    assert table.crs.to_epsg() == 32633
+    assert table.area.tolist() == pytest.approx([640.0**2] * 6)
+    assert table.union_all().bounds == (500_000, 4_000_000 - 1280, 500_000 + 1920, 4_000_000)
+
+
+def test_the_changed_regions_of_two_dates(tmp_path):
+    rng = np.random.default_rng(0)
+    for n in range(6):
+        before = rng.integers(0, 60, (3, 64, 64)).astype(np.uint8)
+        after, truth = before.copy(), np.zeros((1, 64, 64), np.uint8)
+        after[:, 16:48, 16:48], truth[:, 16:48, 16:48] = 220, 255
+        for kind, pixels in (("A", before), ("B", after), ("label", truth)):
+            georeferenced(tmp_path / "data" / kind / f"{n}.tif", pixels)
+    run, output = tmp_path / "run", tmp_path / "change.tif"
+    learn = [*SMALL, "--set", "train.lr=0.01", "--steps", "40"]
+    said("finetune", tmp_path / "data", "--task", "change", "-o", run, *learn)
+    there = [tmp_path / "data" / kind / "0.tif" for kind in ("A", "B")]
+    done = said("predict", there[1], "--before", there[0], "-m", run, "-o", output)
+    regions = geopandas.read_file(done["regions"])
+    assert len(regions) == done["changed"] > 0
+    with rasterio.open(output) as source:
+        changed = int((source.read(1) == 1).sum())
+    assert regions.to_crs("EPSG:32633").area.sum() == pytest.approx(100 * changed, rel=1e-3)
 
 
 def test_polygons_over_a_tile_store(tmp_path):

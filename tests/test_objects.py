@@ -136,9 +136,9 @@ def test_a_resampled_scene_gives_boxes_on_its_own_grid():
 
 def test_clips_become_tracks(tmp_path):
     frames = [scene(drawn(4 * t)) for t in range(5)]
-    said = object_maps.write_clip(
-        Finder("tracking"), frames, tmp_path / "t.txt", objects.settings_of(64)
-    )
+    finder = Finder("tracking")
+    boxes = objects.boxes_of_clip(finder, frames, objects.settings_of(64))
+    said = object_maps.write_clip(finder.task, frames, boxes, tmp_path / "t.txt")
     assert said["tracks"] == {"dark": 0, "bright": 4}
     rows = (tmp_path / "t.txt").read_text().splitlines()
     assert len(rows) == 20

@@ -10,14 +10,21 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
+from model.boxes import Boxes
+from model.checkpoint import read_config
 from ringmoe_cli import console
 from ringmoe_cli.cluster import Engine
 from ringmoe_cli.errors import OutputExistsError, RingmoeError
+from ringmoe_cli.jobs import object_maps
 from ringmoe_cli.jobs.answers import Clock
 from ringmoe_cli.jobs.maps import Mapper, Tally, is_folder, load_mapper
+from ringmoe_cli.jobs.objects import pairs
 from ringmoe_cli.jobs.opening import Wish
 from ringmoe_cli.scene.maps.part import save_band
 from ringmoe_cli.scene.maps.strips import SkipBad
+
+MOST_ROWS = 16
+"""Rows of windows that one worker searches at a time."""
 
 
 @dataclass(frozen=True)
@@ -34,12 +41,13 @@ class Order:
     batch: int | None = None
     flips: bool = False
     streamed: bool = False
+    compiled: bool = False
 
     def mapper(self) -> Mapper:
         """The model, ready."""
         return load_mapper(
             self.model, self.wish, self.device, self.window, self.overlap, self.batch, self.flips,
-            self.streamed,
+            self.streamed, self.compiled,
         )  # fmt: skip
 
 
@@ -53,6 +61,26 @@ class Run:
     """Where finished bands go."""
     first: int
     stop: int
+
+
+@dataclass(frozen=True)
+class Rows:
+    """Some rows of windows of a scene in which objects are sought."""
+
+    order: Order
+    scene: str
+    first: int
+    stop: int
+
+
+@dataclass(frozen=True)
+class Pair:
+    """Two neighbouring frames of a clip."""
+
+    order: Order
+    first: int
+    """Number of the first frame."""
+    scenes: tuple[str, ...]
 
 
 @dataclass(frozen=True)
@@ -88,13 +116,19 @@ def work(
     """Map scenes with Dask workers: one scene together, several apart.
 
     Raises:
-        RingmoeError: if the one scene fails, or the task makes no map.
+        RingmoeError: if the one scene, or the clip, fails.
     """
     engine, tally = Engine(workers, scheduler), Tally()
-    if len(scenes) == 1:
-        tally.done(scenes[0], map_together(order, engine, scenes[0]), as_json)
+    task = read_config(order.model).task
+    name = task.name if task else ""
+    if name == "tracking":
+        tally.done(scenes[0], track_together(order, engine, scenes), as_json)
         return tally
-    if not is_folder(order.wish.output):
+    if len(scenes) == 1 and name != "classification":
+        together = search_together if name == "detection" else map_together
+        tally.done(scenes[0], together(order, engine, scenes[0]), as_json)
+        return tally
+    if len(scenes) > 1 and not is_folder(order.wish.output):
         raise RingmoeError(f"-o {order.wish.output} must be a folder for several scenes")
     for said in engine.run(map_whole, (Whole(order, scene) for scene in scenes)):
         if "exists" in said:
@@ -116,10 +150,45 @@ def compute_run(run: Run) -> list[str]:
     return skip.skipped
 
 
+def search_run(rows: Rows) -> tuple[int, list[Boxes], list[str]]:
+    """Objects of some rows of windows, unmerged. May be repeated."""
+    mapper = Kept.mapper(rows.order)
+    return (rows.first, *object_maps.search_rows(mapper, rows.scene, (rows.first, rows.stop)))
+
+
+def search_frames(pair: Pair) -> tuple[int, list[Boxes]]:
+    """Objects of two frames. May be repeated."""
+    return pair.first, object_maps.search_pair(Kept.mapper(pair.order), pair.scenes)
+
+
+def search_together(order: Order, engine: Engine, scene: str) -> dict[str, Any]:
+    """Find the objects of one scene, its rows of windows spread over workers."""
+
+    def search(rows: int) -> tuple[list[Boxes], list[str]]:
+        step = max(1, min(MOST_ROWS, rows // (2 * (engine.workers or 4))))
+        tasks = (Rows(order, scene, r, min(r + step, rows)) for r in range(0, rows, step))
+        found = sorted(engine.run(search_run, tasks), key=lambda answer: answer[0])
+        parts = [boxes for _, several, _ in found for boxes in several]
+        return parts, sorted({place for *_, skipped in found for place in skipped})
+
+    return object_maps.list_scene(order.mapper(), scene, search)
+
+
+def track_together(order: Order, engine: Engine, scenes: Sequence[str]) -> dict[str, Any]:
+    """Track through a clip, its pairs of frames spread over workers."""
+    tasks = (Pair(order, a, (scenes[a], scenes[b])) for a, b in pairs(len(scenes)))
+    found: dict[int, Boxes] = {}
+    for first, boxes in sorted(engine.run(search_frames, tasks), key=lambda answer: answer[0]):
+        for frame, some in enumerate(boxes, first):
+            found.setdefault(frame, some)
+    ordered = [found[n] for n in range(len(scenes))]
+    return object_maps.list_clip(order.mapper(), scenes, ordered)
+
+
 def map_whole(whole: Whole) -> dict[str, Any]:
     """Map a scene; a failure is an answer too, so that the others go on."""
     try:
-        return Kept.mapper(whole.order).map_scene(whole.scene)
+        return object_maps.work_of(Kept.mapper(whole.order))(whole.scene)
     except OutputExistsError as error:
         return {"scene": whole.scene, "exists": str(error.path)}
     except (RingmoeError, ValueError, OSError) as error:

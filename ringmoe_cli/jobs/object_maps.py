@@ -18,7 +18,12 @@ from ringmoe_cli import console
 from ringmoe_cli.errors import RingmoeError
 from ringmoe_cli.jobs.answers import Settings, lattice_of, sent
 from ringmoe_cli.jobs.maps import Mapper, check_free, output_path
-from ringmoe_cli.jobs.objects import OVERLAP, boxes_of_clip, boxes_of_scene
+from ringmoe_cli.jobs.objects import (
+    OVERLAP,
+    boxes_of_clip,
+    merge_detections,
+    parts_of_scene,
+)
 from ringmoe_cli.jobs.opening import SURE, Opener
 from ringmoe_cli.jobs.summary import described
 from ringmoe_cli.scene.grid import Window
@@ -32,6 +37,8 @@ from ringmoe_cli.scene.maps.vectors import (
 )
 
 Work = Callable[[str], dict[str, Any]]
+Search = Callable[[int], tuple[list[Boxes], list[str]]]
+"""Looks for objects in so many rows of windows; gives them and the unreadable places."""
 SUFFIX = {"detection": ".geojson", "tracking": ".txt", "classification": ".geojson"}
 """Task -> suffix of its output, unless the user says another."""
 
@@ -43,8 +50,13 @@ def work_of(mapper: Mapper) -> Work:
     return mapper.map_scene
 
 
-def list_scene(mapper: Mapper, path: str) -> dict[str, Any]:
+def list_scene(mapper: Mapper, path: str, search: Search | None = None) -> dict[str, Any]:
     """Write the boxes, or the classes of the tiles, of one scene.
+
+    Args:
+        mapper: the model.
+        path: the scene.
+        search: other processes that look for boxes; None: this one does.
 
     Raises:
         RingmoeError: if the scene cannot be read or the output not be written.
@@ -62,7 +74,7 @@ def list_scene(mapper: Mapper, path: str) -> dict[str, Any]:
             settings = with_overlap(mapper.settings)
             done = write_objects(
                 network, source, fitted, output, settings,
-                sure=mapper.wish.sure, skip_bad=mapper.wish.skip_bad,
+                sure=mapper.wish.sure, skip_bad=mapper.wish.skip_bad, search=search,
             )  # fmt: skip
     finally:
         close(source)
@@ -72,8 +84,42 @@ def list_scene(mapper: Mapper, path: str) -> dict[str, Any]:
     return {"scene": path, **done}
 
 
-def list_clip(mapper: Mapper, paths: Sequence[str]) -> dict[str, Any]:
+def search_rows(mapper: Mapper, path: str, rows: tuple[int, int]) -> tuple[list[Boxes], list[str]]:
+    """What some rows of windows of a scene tell, unmerged; and the unreadable places."""
+    opener = Opener(mapper.config, mapper.task.modalities, mapper.wish)
+    source = opener.open(path)
+    fitted = opener.at_model_resolution(source, path)
+    network, skip = mapper.network, SkipBad(mapper.wish.skip_bad)
+    assert isinstance(network, TaskNetwork)
+    try:
+        parts = parts_of_scene(network, fitted, with_overlap(mapper.settings), skip, rows)
+    finally:
+        close(source)
+    return parts[-1], skip.skipped
+
+
+def search_pair(mapper: Mapper, paths: Sequence[str]) -> list[Boxes]:
+    """The objects of neighbouring frames."""
+    opener = Opener(mapper.config, mapper.task.modalities, mapper.wish)
+    frames = [opener.open(p) for p in paths]
+    network = mapper.network
+    assert isinstance(network, TaskNetwork)
+    try:
+        return boxes_of_clip(network, frames, with_overlap(mapper.settings))
+    finally:
+        for frame in frames:
+            close(frame)
+
+
+def list_clip(
+    mapper: Mapper, paths: Sequence[str], found: list[Boxes] | None = None
+) -> dict[str, Any]:
     """Write the tracks through the frames of one clip, given in order.
+
+    Args:
+        mapper: the model.
+        paths: the frames.
+        found: their objects, if other processes have found them.
 
     Raises:
         RingmoeError: if a frame cannot be read, or they differ in size.
@@ -85,7 +131,9 @@ def list_clip(mapper: Mapper, paths: Sequence[str]) -> dict[str, Any]:
     network = mapper.network
     assert isinstance(network, TaskNetwork)
     try:
-        done = write_clip(network, frames, output, with_overlap(mapper.settings))
+        settings = with_overlap(mapper.settings)
+        boxes = boxes_of_clip(network, frames, settings) if found is None else found
+        done = write_clip(network.task, frames, boxes, output)
     finally:
         for frame in frames:
             close(frame)
@@ -126,6 +174,7 @@ def write_objects(
     *,
     sure: float = SURE,
     skip_bad: bool = False,
+    search: Search | None = None,
 ) -> dict[str, Any]:
     """Find the objects of a scene and write them as polygons.
 
@@ -137,19 +186,24 @@ def write_objects(
         settings: window, overlap, batch, device.
         sure: least confidence of a box.
         skip_bad: leave unreadable places out.
+        search: other processes that look for boxes; None: this one does.
 
     Returns:
         Output, objects per class, seconds: for `--json`.
     """
     start, skip = time.perf_counter(), SkipBad(skip_bad)
-    boxes = boxes_of_scene(network, fitted, settings, skip)[-1]
+    if search is None:
+        parts, skipped = parts_of_scene(network, fitted, settings, skip)[-1], skip.skipped
+    else:
+        parts, skipped = search(lattice_of(fitted, settings).rows)
+    boxes = merge_detections(parts, network.task.rotated)
     boxes = on_own_grid(boxes[boxes.scores >= sure], source, fitted)
     write_boxes(output, boxes, source.grid, network.task.classes)
     return {
         "output": str(output),
         "task": network.task.name,
         "objects": counts(boxes, network.task),
-        **({"skipped": skip.skipped} if skip.skipped else {}),
+        **({"skipped": skipped} if skipped else {}),
         "seconds": round(time.perf_counter() - start, 3),
     }
 
@@ -166,33 +220,33 @@ def counts(boxes: Boxes, task: TaskConfig) -> dict[str, int]:
 
 
 def write_clip(
-    network: TaskNetwork, frames: Sequence[Normalised], output: Path, settings: Settings
+    task: TaskConfig, frames: Sequence[Normalised], boxes: Sequence[Boxes], output: Path
 ) -> dict[str, Any]:
     """Track through the frames of a clip; write MOT text, and the tracks as lines beside it.
 
     Args:
-        network: of a tracking task, in eval mode.
+        task: names the classes.
         frames: in order, all on one grid.
+        boxes: the objects of every frame.
         output: .txt; the lines go to the same name with .geojson.
-        settings: window, overlap, batch, device.
 
     Returns:
         Outputs, tracks per class, seconds: for `--json`.
     """
     start = time.perf_counter()
-    found = dict(enumerate(track(boxes_of_clip(network, frames, settings)), 1))
+    found = dict(enumerate(track(list(boxes)), 1))
     lines = output.with_suffix(".geojson")
     write_mot(output, found)
-    write_tracks(lines, found, frames[0].grid, network.task.classes)
+    write_tracks(lines, found, frames[0].grid, task.classes)
     everyone = Boxes.cat(list(found.values()))
     labels = dict(zip(everyone.tracks.tolist(), everyone.labels.tolist(), strict=True))
     per_class = Counter(labels.values())
     return {
         "output": str(output),
         "lines": str(lines),
-        "task": network.task.name,
+        "task": task.name,
         "frames": len(frames),
-        "tracks": {name: per_class[k] for k, name in enumerate(network.task.classes)},
+        "tracks": {name: per_class[k] for k, name in enumerate(task.classes)},
         "seconds": round(time.perf_counter() - start, 3),
     }
 

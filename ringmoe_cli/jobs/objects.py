@@ -53,10 +53,30 @@ def boxes_of_scene(
         settings: window, overlap, batch, device.
         skip: what to do about unreadable blocks.
     """
+    parts = parts_of_scene(network, source, settings, skip)
+    return [merge_detections(found, network.task.rotated) for found in parts]
+
+
+def parts_of_scene(
+    network: TaskNetwork,
+    source: Normalised,
+    settings: Settings,
+    skip: SkipBad | None = None,
+    rows: tuple[int, int] | None = None,
+) -> list[list[Boxes]]:
+    """What every window tells, one list per date; arguments as `boxes_of_scene`.
+
+    Args:
+        network: in eval mode.
+        source: the scene.
+        settings: window, overlap, batch, device.
+        skip: what to do about unreadable blocks.
+        rows: first and past the last row of windows; None: all.
+    """
     lattice, dates = lattice_of(source, settings), len(source.dates)
     found: list[list[Boxes]] = [[] for _ in range(dates)]
-    windows = window_batches(source, lattice, settings.batch, 0, lattice.rows, skip or SkipBad())
-    for some in windows:
+    first, stop = rows or (0, lattice.rows)
+    for some in window_batches(source, lattice, settings.batch, first, stop, skip or SkipBad()):
         if some.batch is None:
             continue
         with torch.inference_mode():
@@ -65,7 +85,7 @@ def boxes_of_scene(
         for n, index in enumerate(some.full):
             for t in range(dates):
                 found[t].append(own(boxes[n * dates + t].to("cpu"), lattice, *some.places[index]))
-    return [merge_detections(parts, network.task.rotated) for parts in found]
+    return found
 
 
 def own(boxes: Boxes, lattice: Lattice, row: int, column: int) -> Boxes:
