@@ -28,16 +28,34 @@ from model.checkpoint import CheckpointConfig, disk_tensors, save_checkpoint
 from model.config import ModelConfig, TaskConfig
 from model.encoder import RingMoE
 from model.normalisation import Normalisation
-from model.tasks.network import TaskNetwork, load_task_network
-from ringmoe_cli.jobs.answers import Settings
-from ringmoe_cli.machine import use_memory_steadily
+from model.tasks.network import TaskNetwork
+from ringmoe_cli.jobs.maps import load_mapper
+from ringmoe_cli.jobs.opening import Wish
 from ringmoe_cli.scene.stitch import Lattice
 
+SAMPLE = 15
+"""CPU-seconds of forward passes that are timed."""
 BANDS = ("blue", "green", "red", "nir")
-IDLE = "import resource, sys; from pathlib import Path; from ringmoe_cli.jobs import maps; " \
-    "from ringmoe_cli.jobs.opening import Wish; " \
-    "maps.load_mapper(Path(sys.argv[1]), Wish()); " \
-    "print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)"  # fmt: skip
+IDLE = """
+import sys
+from pathlib import Path
+from ringmoe_cli.jobs import crew, maps, object_maps, scenes
+from ringmoe_cli.jobs.opening import Wish
+maps.load_mapper(Path(sys.argv[1]), Wish())
+print(Path("/proc/self/status").read_text().split("VmRSS:")[1].split()[0])
+"""
+"""Memory with all imports and the model's weights, and nothing else."""
+CHILD = """
+import atexit, os, sys, time
+from pathlib import Path
+def say():
+    peak = Path("/proc/self/status").read_text().split("VmHWM:")[1].split()[0]
+    print(f"peak {peak}", file=sys.stderr)
+atexit.register(say)
+from ringmoe_cli.app import main
+main()
+"""
+"""The command, and its own peak memory (that of wait4 would contain this process's)."""
 
 
 def make_model(folder: Path, preset: str, classes: int) -> None:
@@ -74,24 +92,25 @@ def command(scene: Path, model: Path, extra: list[str]) -> tuple[float, float, f
     """Wall seconds, CPU seconds and peak MB of one run of the command."""
     start = time.perf_counter()
     child = subprocess.Popen(
-        [sys.executable, "-m", "ringmoe_cli", "predict", str(scene), "-m", str(model),
-         "--overwrite", "-q", *extra], stdout=subprocess.DEVNULL,
+        [sys.executable, "-c", CHILD, "predict", str(scene), "-m", str(model),
+         "--overwrite", "-q", *extra], stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True,
     )  # fmt: skip
+    assert child.stderr is not None
+    said = child.stderr.read()
     _, status, used = os.wait4(child.pid, 0)
     child.returncode = status
-    assert status == 0
+    assert status == 0, said
     wall = time.perf_counter() - start
-    return wall, used.ru_utime + used.ru_stime, used.ru_maxrss / 1024
+    return wall, used.ru_utime + used.ru_stime, int(said.split("peak")[1]) / 1024
 
 
 def forward_seconds(model: Path, height: int, width: int) -> tuple[float, float, int]:
     """Wall and CPU time of the forward pass over the scene's windows, and their number.
 
-    Some batches are timed, until 15 CPU-seconds have passed; the times are counted for all.
+    Some batches are timed, until `SAMPLE` CPU-seconds have passed; the times are counted for all.
     """
-    use_memory_steadily()
-    network, config = load_task_network(model)
-    settings = Settings.of(config.task.window)
+    mapper = load_mapper(model, Wish())
+    network, settings = mapper.network, mapper.settings
     lattice = Lattice(height, width, settings.window, settings.overlap)
     windows = lattice.rows * lattice.columns
     torch.manual_seed(0)
@@ -100,7 +119,7 @@ def forward_seconds(model: Path, height: int, width: int) -> tuple[float, float,
     for batch in batches:
         network.predict(batch)
     wall, cpu, timed = time.perf_counter(), time.process_time(), 0
-    while timed < windows / settings.batch and time.process_time() - cpu < 15:
+    while timed < windows / settings.batch and time.process_time() - cpu < SAMPLE:
         network.predict(batches[timed % 4])
         timed += 1
     share = windows / settings.batch / timed

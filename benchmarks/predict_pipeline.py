@@ -39,6 +39,7 @@ class Nothing:
     """Answers with its input."""
 
     def predict(self, batch: Batch) -> Prediction:
+        """Its input as probabilities."""
         return Prediction(dense=batch.images["ms"][:, 0])
 
 

@@ -86,6 +86,9 @@ def predict(
     stream: Annotated[
         bool, typer.Option("--stream", help="Read a model larger than memory layer by layer.")
     ] = False,
+    compiled: Annotated[
+        bool, typer.Option("--compile", help="torch.compile the model: a minute for long runs.")
+    ] = False,
     workers: Annotated[
         int | None, typer.Option(min=1, help="Processes on this machine (Dask).")
     ] = None,
@@ -136,7 +139,9 @@ def predict(
         gsd=gsd, mask=mask, no_resample=no_resample, sure=score,
         warp=Warp(warp, dem) if warp else None, stac=stac,
     )  # fmt: skip
-    order = Order(Path(model), wish, device, window, overlap, batch, tta == "flips", stream)
+    order = Order(
+        Path(model), wish, device, window, overlap, batch, tta == "flips", stream, compiled
+    )
     paths = list(scene_list(scenes))
     if paths == [pipes.STDIN] or pipes.is_stdout(output):
         if len(paths) != 1 or mosaic or stac:

@@ -16,6 +16,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from model.batch import Batch, Prediction
+from ringmoe_cli.jobs.lane import Fetched, Lane
 from ringmoe_cli.scene.maps.product import Rows
 from ringmoe_cli.scene.maps.strips import Normalised, SkipBad, Windows, window_batches
 from ringmoe_cli.scene.stitch import Lattice, Stitcher
@@ -142,22 +143,20 @@ def forward(
 ) -> Iterator[tuple[Windows, NDArray[np.float32] | None]]:
     """Answers (b, K, window, window) to the full windows of each batch.
 
-    On a GPU the next batch is on its way before the previous answer is fetched.
+    On a GPU the next batch is computed while the previous answer is fetched, in bfloat16 where
+    autocast allows.
     """
-    ask = mirrored if settings.flips else plain
-    waiting: list[tuple[Windows, Tensor | None]] = []
+    ask, lane = mirrored if settings.flips else plain, Lane(settings.device)
+    waiting: list[tuple[Windows, Fetched | None]] = []
     for some in batches:
-        with clock, torch.inference_mode():
-            dense = ask(network, sent(some.batch, settings.device)) if some.batch else None
-            waiting.append((some, dense))
-            if len(waiting) > settings.device.startswith("cuda"):
-                done = waiting.pop(0)
-                got = fetched(done[1])
-            else:
-                continue
-        yield done[0], got
-    for some, late in waiting:
-        yield some, fetched(late)
+        with clock, torch.inference_mode(), lane.precision():
+            answer = Fetched(ask(network, lane.send(some.batch))) if some.batch else None
+        waiting.append((some, answer))
+        if len(waiting) > lane.behind:
+            before, late = waiting.pop(0)
+            yield before, late.numpy() if late else None
+    for before, late in waiting:
+        yield before, late.numpy() if late else None
 
 
 def plain(network: Network, batch: Batch) -> Tensor:
@@ -184,20 +183,8 @@ def mirrored(network: Network, batch: Batch) -> Tensor:
 
 
 def sent(batch: Batch, device: str) -> Batch:
-    """The batch on its device, through pinned memory if that is a GPU."""
-    if device == "cpu":
-        return batch
-    pinned = Batch(
-        images={m: x.pin_memory() for m, x in batch.images.items()},
-        valid={m: x.pin_memory() for m, x in batch.valid.items()},
-        channels=batch.channels,
-    )
-    return pinned.to(device)
-
-
-def fetched(dense: Tensor | None) -> NDArray[np.float32] | None:
-    """An answer in main memory."""
-    return None if dense is None else dense.float().cpu().numpy()
+    """The batch on its device."""
+    return Lane(device).send(batch)
 
 
 class Clock:

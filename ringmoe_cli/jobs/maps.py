@@ -120,6 +120,7 @@ def load_mapper(
     batch: int | None = None,
     flips: bool = False,
     streamed: bool = False,
+    compiled: bool = False,
 ) -> Mapper:
     """Load a fine-tuned model and make it ready.
 
@@ -142,7 +143,11 @@ def load_mapper(
         )
     if streamed and where != "cpu":
         raise RingmoeError("--stream keeps the model on disk and works on the CPU; leave --device")
-    if not streamed:
+    if streamed and compiled:
+        raise RingmoeError("--stream changes the model's weights all the time; leave --compile")
+    if compiled:
+        network.to(where).compile()
+    elif not streamed:
         pack(network.to(where))
     return Mapper(network, config, model_identity(directory), settings, wish)
 

@@ -113,7 +113,7 @@ class Stitcher:
     The taper is the product of one along the columns and one along the rows. Windows are first
     blended with their neighbours in the row, into a strip of the scene; a finished strip is then
     blended with the strips above. Most of a window has weight one and is only copied. In memory are
-    two strips, channels x window x width float32, and the rows that they share.
+    one strip, channels x window x width float32, and the rows that it shares with the one above.
     """
 
     def __init__(self, lattice: Lattice, channels: int, first: int = 0) -> None:
@@ -124,17 +124,15 @@ class Stitcher:
         self.lattice = lattice
         self.channels = channels
         self.row = max(0, first - lattice.reach)
-        self.strips: dict[int, NDArray[np.float32]] = {}
-        self.spare: list[NDArray[np.float32]] = []
-        self.above: NDArray[np.float32] | None = None
-        shape = (channels, lattice.overlap, lattice.padded_width)
-        self.shared = np.empty(shape, np.float32)
+        self.begun = False
+        self.strip = np.zeros((channels, lattice.window, lattice.padded_width), np.float32)
+        self.above = np.zeros((channels, lattice.overlap, lattice.padded_width), np.float32)
 
     def add(self, row: int, column: int, windows: NDArray[np.float32]) -> None:
         """Blend neighbouring windows into their row; columns come in order, each once.
 
         Args:
-            row: of the lattice; those above the current one are of no more use.
+            row: of the lattice, the current one; those above are of no more use.
             column: of the lattice, where the first window stands.
             windows: (n, K, window, window).
         """
@@ -147,7 +145,7 @@ class Stitcher:
         n, overlap, stride = len(windows), self.lattice.overlap, self.lattice.stride
         weights, end = self.lattice.tapers[1][column : column + n], (column + n) * stride
         values = windows.transpose(1, 2, 0, 3)  # (K, window, n, window)
-        strip = self.strip(row)
+        strip = self.strip
         blocks = strip[:, :, column * stride : end].reshape(*strip.shape[:2], n, stride)
         blocks[..., overlap:] = values[..., overlap:stride]  # of weight one: nobody else is there
         if not overlap:
@@ -161,7 +159,7 @@ class Stitcher:
     def add_one(self, row: int, column: int, values: NDArray[np.float32]) -> None:
         """Blend a window (K, window, window) that shares pixels with more than its neighbours."""
         left, overlap = column * self.lattice.stride, self.lattice.overlap
-        target = self.strip(row)[:, :, left : left + self.lattice.window]
+        target = self.strip[:, :, left : left + self.lattice.window]
         known = overlap if column else 0  # columns that the windows before have begun
         weighted = values * self.lattice.tapers[1][column]
         target[:, :, :known] += weighted[:, :, :known]
@@ -174,32 +172,20 @@ class Stitcher:
         lattice = self.lattice
         begin = column * lattice.stride + (lattice.overlap if column else 0)
         end = (column + count - 1) * lattice.stride + lattice.window
-        self.strip(row)[:, :, begin:end] = 0
-
-    def strip(self, row: int) -> NDArray[np.float32]:
-        """The strip of a row of windows, (K, window, padded width)."""
-        if row not in self.strips:
-            lattice = self.lattice
-            shape = (self.channels, lattice.window, lattice.padded_width)
-            self.strips[row] = self.spare.pop() if self.spare else np.zeros(shape, np.float32)
-        return self.strips[row]
+        self.strip[:, :, begin:end] = 0
 
     def finish(self) -> NDArray[np.float32]:
         """Scene rows that the current row of windows completes, (K, rows, width); moves on.
 
-        They are valid until rows are finished the next time: memory is used again.
+        They are valid until windows are added again: memory is used again.
         """
-        lattice = self.lattice
+        lattice, strip = self.lattice, self.strip
         start, stop = lattice.finished(self.row)
-        strip = self.strip(self.row)
         weigh_rows(strip, lattice.tapers[0][self.row])
-        if self.above is not None:
+        if self.begun:
             np.add(strip[:, : lattice.overlap], self.above, out=strip[:, : lattice.overlap])
-        self.above = self.shared
-        np.copyto(self.shared, strip[:, lattice.stride :])
-        if self.row - 1 in self.strips:
-            self.spare.append(self.strips.pop(self.row - 1))
-        self.row += 1
+        np.copyto(self.above, strip[:, lattice.stride :])
+        self.row, self.begun = self.row + 1, True
         return strip[:, : stop - start, : lattice.width]
 
 

@@ -21,8 +21,10 @@ from ringmoe_cli.scene.store.ahead import ahead
 
 PIECE = 2048
 """Columns read and normalised at a time: a multiple of usual block widths, small beside a strip."""
-STRIPS = 3
-"""Strips in memory: one being read, one waiting, one from which windows are cut."""
+STRIPS = 2
+"""Strips in memory: the one that windows are cut from, and the one above."""
+AHEAD = 3
+"""Pieces of the next strip that are decoded beforehand."""
 SMALLEST_BAD = 64
 """Side in pixels down to which unreadable places are narrowed."""
 
@@ -138,7 +140,7 @@ class RowOfWindows:
     number: int
     """Row of the lattice."""
     strip: Strip
-    """`window` rows, all windows wide; its memory is used again three rows later."""
+    """`window` rows, all windows wide; its memory is used again two rows later."""
     seen: NDArray[np.bool_]
     """`Strip.seen` of it, (window, padded width)."""
     whole: dict[str, NDArray[np.bool_]]
@@ -164,14 +166,14 @@ def window_batches(
 ) -> Iterator[Windows]:
     """Windows of the lattice's rows first..stop-1, and of the rows before that reach into them.
 
-    The scene is read once, strip by strip, ahead of the windows that are cut from the strips; whole
-    batches as cut from the scene's origin.
+    The scene is read once, strip by strip, and decoded ahead of the windows; whole batches as cut
+    from the scene's origin.
     """
     begin = max(0, first - lattice.reach)
     batches = list(lattice.batches(size, begin, stop))
     if not batches:
         return
-    strips = ahead(read_strips(source, lattice, batches[0][0][0], batches[-1][-1][0], skip), 1)
+    strips = read_strips(source, lattice, batches[0][0][0], batches[-1][-1][0], skip)
     row = next(strips)
     for places in batches:
         gathered = Gathered(source, lattice, len(places))
@@ -192,7 +194,7 @@ def read_strips(
 ) -> Iterator[RowOfWindows]:
     """Rows of windows first..last; files are decoded in a thread of their own."""
     spare = [empty_strip(source, lattice.window, lattice.padded_width) for _ in range(STRIPS)]
-    pieces = ahead(read_pieces(source, lattice, first, last, skip), 2)
+    pieces = ahead(read_pieces(source, lattice, first, last, skip), AHEAD)
     for number, parts in groupby(pieces, key=lambda piece: piece[0]):
         strip, above = spare[number % STRIPS], spare[(number - 1) % STRIPS]
         if number > first and lattice.overlap:
