@@ -1,5 +1,7 @@
 """Published data sets as downloaded, in tiny imitations: found, paired, decoded."""
 
+import json
+
 import numpy as np
 import pytest
 from PIL import Image
@@ -105,9 +107,41 @@ def test_a_download_is_read_as_it_is(tmp_path, name):
         assert set(found.items[0].example.images) == {"ms", "sar-l2"}
 
 
+@pytest.mark.parametrize("place", ["", "annotations"])
+def test_buildings_of_dfc23_are_drawn_from_their_outlines(tmp_path, place):
+    for split, name in (("train", "P_0001"), ("train", "P_0002"), ("val", "P_0003")):
+        put(tmp_path / split / "rgb" / f"{name}.tif")
+        put(tmp_path / split / "sar" / f"{name}.tif", bands=1)
+    square, hole = [2, 2, 10, 2, 10, 8, 2, 8], [4, 4, 6, 4, 6, 6, 4, 6]
+    content = {
+        "images": [{"id": 1, "file_name": "P_0001.tif"}, {"id": 2, "file_name": "P_0002.tif"}],
+        "annotations": [
+            {"image_id": 1, "category_id": 1, "segmentation": [square, hole]},
+            {"image_id": 2, "category_id": 1, "segmentation": {"counts": "x", "size": [16, 16]}},
+        ],
+        "categories": [{"id": 1, "name": "building"}],
+    }
+    (tmp_path / place).mkdir(exist_ok=True)
+    (tmp_path / place / "buildings_only_train.json").write_text(json.dumps(content))
+    request = DataRequest([tmp_path], "segmentation", 16, benchmark="dfc23-buildings")
+    found = find_items(request)
+    assert list(found.splits) == ["train", "train"]
+    assert found.classes.names == ("background", "building")
+    wanted = np.zeros((SIDE, SIDE), int)
+    wanted[2:8, 2:10] = 1
+    wanted[4:6, 4:6] = 0
+    assert (found.items[0].label(Window(0, 0, SIDE, SIDE)) == wanted).all()
+    assert (found.items[0].label(Window(1, 3, 8, 8)) == wanted[1:9, 3:11]).all()
+    assert not found.items[1].label(Window(0, 0, SIDE, SIDE)).any()
+    assert set(found.items[0].example.images) == {"opt", "sar-l2"}
+    (tmp_path / place / "buildings_only_train.json").write_text("{}")
+    with pytest.raises(LabelError, match="is no COCO file of outlines"):
+        find_items(request)
+
+
 def test_every_layout_has_an_imitation():
     twins = {"ucmerced": "aid", "whu-rs19": "aid", "cdd": "levir-cd"}
-    assert set(BENCHMARKS) == set(LAYOUTS) | set(twins)
+    assert set(BENCHMARKS) == set(LAYOUTS) | set(twins) | {"dfc23-buildings"}
     for name, twin in twins.items():
         assert benchmark(name) is benchmark(twin)
 

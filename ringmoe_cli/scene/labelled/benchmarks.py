@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from ringmoe_cli.errors import LabelError
-from ringmoe_cli.scene.labelled.folders import Example, Layout, examples_of
+from ringmoe_cli.scene.labelled.folders import Example, Layout, examples_of, outlined
 from ringmoe_cli.scene.labelled.labelcode import IGNORE, ClassList, LabelCode
 
 NO_LIST = ClassList(())
@@ -24,6 +24,8 @@ class Benchmark:
     """Where images and labels are; the first that fits."""
     classes: ClassList = NO_LIST
     """Class names and label code; no names: the class folders name them, or values."""
+    outlines: str = ""
+    """Labels are outlines in COCO files: their name before `_<split>.json`."""
 
     def find(self, root: Path) -> tuple[list[Example], tuple[str, ...]]:
         """Its labelled images under a folder.
@@ -31,6 +33,11 @@ class Benchmark:
         Raises:
             LabelError: if the folder is not laid out like the download.
         """
+        if self.outlines:
+            found = outlined(root, self.layouts[0], self.outlines)
+            if not found:
+                raise LabelError(f"{root} has no {self.outlines}_train.json with its images")
+            return found, self.classes.names
         for layout in self.layouts:
             examples, classes = examples_of(root, layout)
             if examples:
@@ -108,7 +115,14 @@ BENCHMARKS: Mapping[str, Benchmark] = {
     ),
     "dfc23": Benchmark(
         "depth",
-        (Layout({"opt": ("rgb/{id}",), "sar-l2": ("sar/{id}",)}, "dsm/{id}"),),
+        (Layout({"opt": ("rgb/{id}",), "sar-l2": ("sar/{id}",)}, "dsm/{id}"),
+         Layout({"opt": ("rgb/{id}",), "sar-l2": ("sar/{id}",)}, "height/{id}")),
+    ),
+    "dfc23-buildings": Benchmark(
+        "segmentation",
+        (Layout({"opt": ("rgb/{id}",), "sar-l2": ("sar/{id}",)}),),
+        ClassList(("background", "building")),
+        "buildings_only",
     ),
 }  # fmt: skip
 """Name -> data set; those with boxes are in `box_benchmarks`."""

@@ -15,6 +15,7 @@ from ringmoe_cli.scene.grid import Grid, Window
 from ringmoe_cli.scene.labelled.examples import Sample, cut
 from ringmoe_cli.scene.labelled.folders import ANY, Example
 from ringmoe_cli.scene.labelled.labelcode import IGNORE, ClassList
+from ringmoe_cli.scene.labelled.outlines import Outlines
 from ringmoe_cli.scene.radiometry import to_physical
 from ringmoe_cli.scene.raster import open_raster
 from ringmoe_cli.scene.reader import SceneReader
@@ -134,6 +135,8 @@ class FolderImage:
     def read_label(self, window: Window) -> NDArray[Any]:
         """A window of the label raster, which must lie on the image's grid."""
         path = self.example.label
+        if isinstance(path, Outlines):
+            return path.drawn(window)
         assert isinstance(path, Path)
         row, col, height, width = window
         with open_raster(str(path)) as file:

@@ -7,11 +7,12 @@ for the name of a split; suffixes are left out.
 
 import re
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from ringmoe_cli import console
 from ringmoe_cli.errors import LabelError
+from ringmoe_cli.scene.labelled.outlines import Outlines, coco_file, coco_outlines
 
 SUFFIXES = {
     ".tif", ".tiff", ".png", ".jpg", ".jpeg", ".bmp", ".jp2", ".vrt", ".img", ".gtif", ".npy",
@@ -37,8 +38,8 @@ class Example:
     """The part of the path that image and label share."""
     images: Mapping[str, tuple[Path, ...]]
     """modality -> one file per date."""
-    label: Path | int
-    """A raster on the image's grid, or a class index."""
+    label: Path | int | Outlines
+    """A raster on the image's grid, a class index, or outlines of objects."""
     split: str = ""
     """train, val, test, or empty where the folder says none."""
 
@@ -111,6 +112,20 @@ def examples_of(root: Path, layout: Layout) -> tuple[list[Example], tuple[str, .
     return examples, tuple(classes)
 
 
+def outlined(root: Path, layout: Layout, labels: str) -> list[Example]:
+    """Images of a layout under the outlines of a COCO file per split, named `labels`_<split>."""
+    found = []
+    for split in layout.splits:
+        folder, file = split_folder(root, split, layout), coco_file(root, f"{labels}_{split}")
+        if folder is None or file is None:
+            continue
+        outlines = coco_outlines(file)
+        for example in joined(folder, layout, [], split):
+            stem = next(iter(example.images.values()))[0].stem
+            found += [replace(example, label=outlines[stem])] if stem in outlines else []
+    return found
+
+
 def split_folder(root: Path, split: str, layout: Layout) -> Path | None:
     """The folder of a split, whatever its spelling, or None."""
     return next((root / n for n in layout.splits[split] if (root / n).is_dir()), None)
@@ -154,7 +169,7 @@ def joined(folder: Path, layout: Layout, classes: list[str], split: str) -> Iter
         images = {
             m: tuple(files[m, t][key] for t in range(len(layout.images[m]))) for m in layout.images
         }
-        label = labels[key] if layout.label else classes.index(key[0])
+        label = labels[key] if layout.label else classes.index(key[0]) if classes else 0
         yield Example("/".join(key), images, label, split)
 
 
