@@ -264,27 +264,3 @@ def test_no_window_grid_shows_in_the_gradient(tmp_path):
     step = np.abs(np.diff(smooth[1, :, 16:-16], axis=1))
     assert step.max() < 0.1
     assert np.abs(np.diff(seamed[1], axis=1)).max() > 0.9
-
-
-@pytest.mark.slow
-def test_memory_does_not_grow_with_the_scenes_height(tmp_path):
-    script = (
-        "import sys\nfrom mapping import *\nfrom ringmoe_cli.machine import "
-        "use_memory_steadily\nuse_memory_steadily()\nfrom pathlib import Path\n"
-        "mapped(Constant(), normalised(sys.argv[1]), ClassMap(TASK), outputs(Path(sys.argv[2])), "
-        "Settings(32, 8, 64))\nstatus = Path('/proc/self/status').read_text()\n"
-        "print(status.split('VmHWM:')[1].split()[0])"
-    )
-    script = "from ringmoe_cli.scene.maps.product import ClassMap\n" + script
-    peaks = []
-    for height in (4000, 16_000):
-        folder = tmp_path / str(height)
-        folder.mkdir()
-        path = write_scene(folder / "s.tif", height, 400)
-        done = subprocess.run(
-            [sys.executable, "-c", script, str(path), str(folder)],
-            cwd=Path(__file__).parent, capture_output=True, text=True, check=True,
-            env={**os.environ, "GDAL_CACHEMAX": "8"},  # else its 64 MB fill as the scene is read
-        )  # fmt: skip
-        peaks.append(int(done.stdout.split()[-1]) / 1024)
-    assert peaks[1] - peaks[0] < 40
