@@ -46,11 +46,14 @@ class Workload:
     """Per block: parameters of all but the routed experts, and of the routed experts."""
     width: int = 2
     """Bytes of an element in the computation: 2 for bf16, 4 for fp32."""
+    probabilities: bool = False
+    """Attention keeps its probabilities, as on a CPU."""
 
     @classmethod
-    def of(cls, config: ModelConfig, width: int = 2) -> Self:
+    def of(cls, config: ModelConfig, width: int = 2, probabilities: bool = False) -> Self:
         """Count a model on the meta device."""
-        return cls(config, pretraining_parameters(config), tuple(block_parameters(config)), width)
+        blocks = tuple(block_parameters(config))
+        return cls(config, pretraining_parameters(config), blocks, width, probabilities)
 
 
 @dataclass(frozen=True)
@@ -135,7 +138,7 @@ def estimate(work: Workload, cluster: Cluster, layout: Layout) -> Estimate:
     return Estimate(
         **own,
         gathered=largest * width * 3 if cluster.gpus > 1 else 0.0,
-        activations=activation_bytes(config, layout, width),
+        activations=activation_bytes(config, layout, width, work.probabilities),
         flops=flops,
         shard_traffic=shards,
         token_traffic=tokens,
