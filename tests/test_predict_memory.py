@@ -53,5 +53,5 @@ def test_memory_is_bounded_at_full_width_and_flat_in_height(tmp_path):
         )  # fmt: skip
         before, peak = map(int, done.stdout.split()[-2:])
         peaks.append(peak - before)
-    assert peaks[1] < 400
+    assert peaks[1] < 480
     assert peaks[1] - peaks[0] < 60  # GDAL's cache of 64 MB fills first
