@@ -122,18 +122,22 @@ def distribute(
     policy = MixedPrecisionPolicy(cast_forward_inputs=False)
     if precision == "bf16":
         policy = replace(policy, param_dtype=torch.bfloat16, reduce_dtype=torch.float32)
+    alone: set[nn.Parameter] = set()
     for name, block in list(blocks_of(network)):
         if source is not None:
             fill_part(block, source(name))
         block.to(device)
         split = split_experts(block.moe, mesh["ep"])
         block.register_forward_hook(whole_batch)
-        shard(block, everyone, mesh["dp"], split, policy)
+        if mesh["dp"].size() == 1:  # each expert lives on one rank: nothing to gather or to reduce
+            alone |= split
+            split = set()
+        shard(block, everyone, mesh["dp"], split, policy, alone)
     if source is not None:
         fill_part(network, source(""))
     network.to(device)
     network.register_forward_hook(touch_absent)
-    shard(network, everyone, mesh["dp"], set(), policy)
+    shard(network, everyone, mesh["dp"], set(), policy, alone)
     network.total = total
 
 
@@ -183,10 +187,16 @@ def shard(
     replicas: DeviceMesh,
     split: set[nn.Parameter],
     policy: MixedPrecisionPolicy,
+    alone: set[nn.Parameter],
 ) -> None:
-    """FSDP2 over all ranks; split experts over the ranks that hold the same ones."""
-    placement = expert_placement(split, replicas) if split else None
-    fully_shard(module, mesh=everyone, shard_placement_fn=placement, mp_policy=policy)
+    """FSDP2 over all ranks; split experts over the ranks that hold the same ones, if any do."""
+    fully_shard(
+        module,
+        mesh=everyone,
+        shard_placement_fn=expert_placement(split, replicas) if split else None,
+        mp_policy=policy,
+        ignored_params=alone,
+    )
     sharded = cast(FSDPModule, module)
     sharded.set_force_sum_reduction_for_comms(True)
     sharded.set_gradient_divide_factor(1.0)
