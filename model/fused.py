@@ -71,9 +71,12 @@ def steps(x_TD: Tensor, tokens: int, fc1: Tensor) -> Iterator[slice]:
         yield slice(start, min(start + step, tokens))
 
 
-def gather(x_TD: Tensor, rows_N: Tensor) -> Tensor:
-    """The tokens of an expert, and where oneDNN computes some more to make a round number."""
-    if runs(x_TD):
+def gather(x_TD: Tensor, rows_N: Tensor, kept: bool = False) -> Tensor:
+    """The tokens of an expert, and where oneDNN computes some more to make a round number.
+
+    Not in float32 if a backward pass keeps them: its kernels are compiled quickly.
+    """
+    if runs(x_TD) and not (kept and x_TD.dtype == torch.float32):
         rows_N = F.pad(rows_N, (0, -len(rows_N) % ROUND))
     return x_TD.index_select(0, rows_N)
 

@@ -73,7 +73,7 @@ class Mixture(torch.autograd.Function):
         form = fused.quick_form(x_TD, plan.form)
         for bank, expert, rows, gate in plan.experts(tensors[0::6], tensors[1::6]):
             w1, b1, w2, b2 = (t[expert] for t in stacks[bank])
-            x = x_TD if rows is None else fused.gather(x_TD, rows)
+            x = x_TD if rows is None else fused.gather(x_TD, rows, kept=True)
             hidden = fused.linear(x, w1, b1)
             active = F.gelu(hidden, approximate=form)
             out = fused.linear(active, w2, b2)
@@ -108,7 +108,8 @@ class Mixture(torch.autograd.Function):
             hidden, active, dgate = next(kept), next(kept), next(gate_views)
             x, dy = x_TD, dy_TD
             if rows is not None and gate is not None:
-                x, dy = fused.gather(x_TD, rows), fused.gather_padded(dy_TD, rows, len(hidden))
+                x = fused.gather(x_TD, rows, kept=True)
+                dy = fused.gather_padded(dy_TD, rows, len(hidden))
                 torch.sum(dy[: len(rows)] * next(kept), dim=1, out=dgate)
                 dy[: len(rows)].mul_(gate[:, None])
             outer(dy, active, dw2)
