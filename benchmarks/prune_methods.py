@@ -1,16 +1,19 @@
 """Every way to make a layer dense, on the same parent and the same calibration tokens.
 
-    python benchmarks/prune_methods.py MODEL DATA --tiles a.zarr --tiles b.zarr --modality opt
+    python benchmarks/prune_methods.py MODEL DATA [--tiles a.zarr --tiles b.zarr] [--modality opt]
 
 Feature error: squared error after the block's second LayerNorm over the variance of the parent's
-features, on chips that no method has seen; 1 = predicting the mean. `alone` is the mean over the
-layers on the student's own inputs, `path` the error of the tokens after the last layer. Baselines
+features, on chips that no method has seen; 1 = predicting the mean. Without --tiles the chips are
+EuroSAT images that the parent was pre-trained on and the probe does not use. `alone` is the mean
+over the layers on the student's own inputs, `path` the error of the tokens after the last layer.
+Baselines
 get the same ridge regression of their second matrix on the same tokens. Accuracy: probes on frozen
 features (EuroSAT pooled; Dubai per patch, images 0-31 against 32-47), and a short fine-tuning.
 """
 
 import argparse
 import copy
+import hashlib
 import json
 import sys
 import tempfile
@@ -21,7 +24,7 @@ from pathlib import Path
 import numpy as np
 import torch
 from PIL import Image
-from sklearn.linear_model import RidgeClassifier
+from sklearn.linear_model import RidgeClassifierCV
 from sklearn.preprocessing import StandardScaler
 from torch import Tensor
 
@@ -36,8 +39,9 @@ from model.prune import Plan, plan_pruning, sub_model
 from model.rewrite import prune_checkpoint, result_config
 from ringmoe_cli.jobs.calibration import calibration_chips, routing_mass
 
-torch.set_num_threads(2)
-CHIPS = 1000
+STRENGTHS = 10.0 ** np.arange(-1, 5)
+"""Ridge penalties tried by every probe, leaving one out."""
+CHIPS = 2200
 """Of EuroSAT: half to test, a third to train the probe."""
 BASELINES = ("ka", "kc", "ks", "shared", "random", "linear")
 
@@ -122,11 +126,12 @@ def walk(
 
 @torch.no_grad()
 def pooled(net: RingMoE, images: Tensor, modality: str) -> np.ndarray:
-    """Mean of the last two stages, (N, 3D/2)."""
+    """Mean and deviation of the four stages, (N, 30D)."""
     out = []
     for part in images.split(64):
         features = net({modality: part})[modality]
-        out.append(torch.cat([f.mean((2, 3)) for f in features[-2:]], dim=1))
+        moments = [m for f in features for m in (f.mean((2, 3)), f.std((2, 3)))]
+        out.append(torch.cat(moments, dim=1))
     return torch.cat(out).numpy()
 
 
@@ -145,15 +150,31 @@ def per_patch(net: RingMoE, images: Tensor, modality: str) -> np.ndarray:
 def probe(train: np.ndarray, labels: np.ndarray, test: np.ndarray) -> np.ndarray:
     """Classes that a ridge classifier on frozen features predicts."""
     scale = StandardScaler().fit(train)
-    model = RidgeClassifier(alpha=10.0).fit(scale.transform(train), labels)
+    model = RidgeClassifierCV(alphas=STRENGTHS).fit(scale.transform(train), labels)
     return model.predict(scale.transform(test))
+
+
+def divided(files: list[Path]) -> tuple[list[Path], list[Path]]:
+    """EuroSAT images of pre-training and those kept from it (`pretrain_data.py`), shuffled."""
+    mixed = [files[i] for i in np.random.default_rng(0).permutation(len(files))]
+    kept = {f for f in mixed if int(hashlib.md5(f.name.encode()).hexdigest(), 16) % 5 == 0}
+    return [f for f in mixed if f not in kept], [f for f in mixed if f in kept]
+
+
+def calibration(data: Path, count: int) -> Tensor:
+    """Images of pre-training that `eurosat` leaves."""
+    files = sorted((data / "05_scene_classification" / "eurosat_rgb").glob("*/*.jpg"))
+    some = divided(files)[0][CHIPS : CHIPS + count]
+    pixels = np.stack([np.asarray(Image.open(f)) for f in some]).transpose(0, 3, 1, 2)
+    return torch.from_numpy(pixels.astype(np.float32))
 
 
 def eurosat(data: Path, normalise: Callable[[Tensor], Tensor]) -> tuple[Tensor, np.ndarray]:
     """Some chips and their classes."""
     files = sorted((data / "05_scene_classification" / "eurosat_rgb").glob("*/*.jpg"))
     names = sorted({f.parent.name for f in files})
-    some = [files[i] for i in np.random.default_rng(0).permutation(len(files))[:CHIPS]]
+    own, unseen = divided(files)
+    some = [*unseen[: CHIPS // 2], *own[: CHIPS - CHIPS // 2]]
     pixels = np.stack([np.asarray(Image.open(f)) for f in some]).transpose(0, 3, 1, 2)
     labels = np.array([names.index(f.parent.name) for f in some])
     return normalise(torch.from_numpy(pixels.astype(np.float32))), labels
@@ -236,7 +257,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("model", type=Path)
     parser.add_argument("data", type=Path)
-    parser.add_argument("--tiles", type=Path, action="append", required=True)
+    parser.add_argument("--tiles", type=Path, action="append", default=[])
     parser.add_argument("--modality", default="opt")
     parser.add_argument("--chips", type=int, default=512)
     parser.add_argument("--steps", type=int, default=600, help="Of the fit, per layer.")
@@ -252,7 +273,10 @@ def main() -> None:
     def normalise(pixels: Tensor) -> Tensor:
         return (pixels - pixels.mean((0, 2, 3), keepdim=True)) / pixels.std((0, 2, 3), keepdim=True)
 
-    chips = calibration_chips(arguments.tiles, about, (modality,), arguments.chips)
+    if arguments.tiles:
+        chips = calibration_chips(arguments.tiles, about, (modality,), arguments.chips)
+    else:
+        chips = {modality: normalise(calibration(arguments.data, arguments.chips))}
     sets = eurosat(arguments.data, normalise)
     crops, truth, training = dubai(arguments.data, normalise, config.image_size)
     parent = RingMoE.from_pretrained(arguments.model, modality=modality).float()
@@ -294,7 +318,7 @@ def accuracies(
     scenes: tuple[Tensor, np.ndarray, np.ndarray],
     arguments: argparse.Namespace,
 ) -> dict[str, list[float]]:
-    """Frozen probes, and fine-tuning, for every seed (which part of the training data is used)."""
+    """Frozen probes for every draw of the training data; fine-tuning for the first."""
     modality = arguments.modality
     x, labels = sets
     test = np.arange(CHIPS) < CHIPS // 2
@@ -312,7 +336,7 @@ def accuracies(
         seen, asked = truth[few] >= 0, truth[~training] >= 0
         classes = probe(patches[few][seen], truth[few][seen], patches[~training][asked])
         result["segmentation"].append(miou(classes, truth[~training][asked]))
-        if arguments.finetune:
+        if arguments.finetune and seed == 0:
             whole = (x[own], labels[own], x[test], labels[test])
             score = finetuned(copy.deepcopy(net), whole, modality, arguments.finetune, seed)
             result.setdefault("finetuned", []).append(score)

@@ -13,7 +13,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from model.merge import truncated
+from model.lowrank import truncated
 
 
 def by_svd(matrix: Tensor, rank: int) -> Tensor:

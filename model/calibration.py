@@ -267,7 +267,7 @@ def starts(moe: RMoE) -> dict[str, FFN]:
     for name, bank in banks(moe).items():
         stacks = (bank.fc1.weight, bank.fc1.bias, bank.fc2.weight, bank.fc2.bias)
         layer[name] = [FFN(*(stack[e] for stack in stacks)) for e in range(len(bank))]
-    found = {"ka": merge(layer, "ka")}
+    found = {"kc": merge(layer, "kc"), "ka": merge(layer, "ka")}
     if layer.get("shared"):
         found["shared"] = layer["shared"][0]
     return found

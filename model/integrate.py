@@ -39,7 +39,7 @@ class FitSettings:
     """Of gradient descent, per layer."""
     batch: int = 2048
     """Tokens of a step; never more than a quarter of the tokens."""
-    rate: float = 0.03
+    rate: float = 0.1
     """Largest step of Adam, over the spread of each matrix; it falls to 0 as a cosine."""
     between: float = 0.3
     """Weight of tokens between two real ones, where the parent is asked anew."""

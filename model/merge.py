@@ -15,6 +15,8 @@ from typing import Literal, NamedTuple
 import torch
 from torch import Tensor
 
+from model.lowrank import truncated
+
 Merging = Literal["ks", "ka", "kc"]
 Parts = Mapping[str, Collection[Tensor]]
 """One matrix of every expert: "specialised.<modality>", "collaborative", "shared" -> tensors."""
@@ -88,22 +90,6 @@ def concatenated(layer: Layer) -> FFN:
 def kept_rank(matrix: Tensor, experts: Collection[Tensor]) -> int:
     """K of KC for one matrix of a branch."""
     return max(1, min(matrix.shape) // len(experts))
-
-
-def truncated(matrix: Tensor, rank: int) -> Tensor:
-    """The best rank-`rank` approximation of a matrix (Eckart-Young), by projection.
-
-    The leading singular vectors of the short side are the eigenvectors of the Gram matrix; the
-    projection U·Uᵀ·A needs neither the other side's vectors nor the singular values, and costs
-    an eigh of the short side where an SVD works on the whole matrix.
-    """
-    if rank >= min(matrix.shape):
-        return matrix
-    if matrix.shape[0] > matrix.shape[1]:
-        return truncated(matrix.T, rank).T
-    exact = matrix.to(accumulator(matrix.dtype))
-    vectors: Tensor = torch.linalg.eigh(exact @ exact.T).eigenvectors[:, -rank:]
-    return vectors @ (vectors.T @ exact)
 
 
 def total(parts: Iterable[Tensor], divisor: int = 1) -> Tensor:

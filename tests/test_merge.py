@@ -6,7 +6,8 @@ import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from model.merge import FFN, METHODS, concatenated, merge, summed, truncated
+from model.lowrank import LARGE, iterated, truncated
+from model.merge import FFN, METHODS, concatenated, merge, summed
 
 
 def random_ffn(seed: int, width: int = 6, hidden: int = 24) -> FFN:
@@ -106,6 +107,32 @@ def test_truncation_is_the_best_approximation(rows, columns, data):
     left_over = torch.linalg.svdvals(matrix)[rank:].square().sum()
     error = (matrix - approximation).square().sum()
     torch.testing.assert_close(error, left_over, atol=1e-9, rtol=1e-6)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("decay", [0.0, 0.5, 2.0])
+def test_large_matrices_are_as_near_as_their_svd(dtype, decay):
+    """A flat spectrum is iterated; a steep one settles or is left to `eigh`."""
+    width, rank = LARGE, LARGE // 4
+    matrix = torch.randn(2 * width, width, generator=torch.Generator().manual_seed(0))
+    matrix = (matrix * torch.arange(1.0, width + 1) ** -decay).to(dtype)
+    exact = matrix.double()
+    least = torch.linalg.svdvals(exact)[rank:].square().sum().sqrt()
+    for tall in (True, False):
+        found = truncated(matrix if tall else matrix.T, rank).double()
+        error = (exact - (found if tall else found.T)).norm()
+        assert error <= least * (1 + 1e-4) + 1e-5 * exact.norm()
+    assert torch.backends.mkldnn.matmul.fp32_precision != "bf16"
+
+
+@pytest.mark.parametrize("rank", [5, 100])
+def test_matrices_of_lower_rank_and_flat_ones(rank):
+    low = torch.randn(800, rank) @ torch.randn(rank, LARGE)
+    torch.testing.assert_close(truncated(low, 120), low, atol=1e-2, rtol=1e-3)
+    turn = torch.linalg.qr(torch.randn(800, LARGE)).Q
+    error = (turn - truncated(turn, rank)).square().sum()
+    torch.testing.assert_close(error, torch.tensor(float(LARGE - rank)), rtol=1e-4, atol=0)
+    assert iterated(torch.zeros(800, LARGE), rank) is None
 
 
 def test_an_empty_layer_is_refused():
