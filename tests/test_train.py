@@ -20,7 +20,6 @@ from model.train import (
     NonFiniteLossError,
     StepReport,
     TrainConfig,
-    compile_blocks,
     recompute_blocks,
     train,
 )
@@ -200,18 +199,3 @@ def test_recomputation_keeps_fewer_activations() -> None:
             net.loss(batch)
         kept.append(sum(sizes.values()))
     assert kept[1] < 0.6 * kept[0]
-
-
-@pytest.mark.slow
-def test_compiled_blocks_give_the_same_losses(tmp_path: Path) -> None:
-    for compiled in (False, True):
-        net = training.network()
-        names = list(net.state_dict())
-        if compiled:
-            compile_blocks(net)
-        settings = training.settings(steps=3)
-        folder = tmp_path / str(compiled)
-        train(net, training.stream(settings), settings, folder, publish=lambda step: None)
-        assert list(net.state_dict()) == names
-    rows = [Journal(tmp_path / str(c) / "metrics.jsonl").rows() for c in (False, True)]
-    assert [r["loss"] for r in rows[1]] == pytest.approx([r["loss"] for r in rows[0]], rel=1e-4)
