@@ -4,6 +4,7 @@ The result grows in OUT.part, one finished shard per layer, and gets its name wh
 interrupted run continues after its last finished layer and gives the same bytes.
 """
 
+import errno
 import json
 import re
 import shutil
@@ -244,7 +245,10 @@ def prune_checkpoint(
             ffn = fit(layer) if fit and any(o.fitted is not None for o in outs) else None
             part = work / WRITING
             tensors = (made(out, reading, ffn, advance) for out in outs)
-            write_shard(part, [o.spec for o in outs], tensors, shard_metadata(text))
+            try:
+                write_shard(part, [o.spec for o in outs], tensors, shard_metadata(text))
+            except OSError as failure:
+                raise full(work, failure) from None
             part.replace(work / names[layer])
     where = {o.spec.name: names[layer] for layer, outs in shards.items() for o in outs}
     write_index(work, where, sum(o.spec.nbytes for o in all_of(shards)), text)
@@ -275,6 +279,16 @@ def check_room(work: Path, needed: int) -> None:
         raise ValueError(
             f"{work} needs {left / 1e9:.2f} GB, but its disk has {free / 1e9:.2f} GB free"
         )
+
+
+def full(work: Path, failure: OSError) -> Exception:
+    """What a full disk means for the work in progress; other failures as they are."""
+    if failure.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+        return failure
+    return ValueError(
+        f"{work}: {failure.strerror}; make room and run the same command again, "
+        "it continues after the last finished layer"
+    )
 
 
 def traffic(source: Path, plan: Plan) -> tuple[int, int]:
