@@ -7,7 +7,8 @@ features, on chips that no method has seen; 1 = predicting the mean. Without --t
 EuroSAT images that the parent was pre-trained on and the probe does not use. `alone` is the mean
 over the layers on the student's own inputs, `path` the error of the tokens after the last layer.
 Baselines get the same ridge regression of their second matrix on the same tokens. Accuracy: probes
-on frozen features (EuroSAT pooled; Dubai per patch, images 0-31 against 32-47), and a short fine-tuning.
+on frozen features (EuroSAT pooled; Dubai per patch, images 0-31 against 32-47), and a short
+fine-tuning.
 """
 
 import argparse
