@@ -1,9 +1,10 @@
 """Detection and tracking on the real labelled sets, against trivial and classical baselines.
 
-    RINGMOE_DATA=… python benchmarks/tasks_boxes.py ROW [ROW …] --work /tmp/boxes
+    RINGMOE_DATA=… python benchmarks/tasks_boxes.py ROW --work /tmp/boxes [--init PRETRAINED]
 
-Rows are named in `ROWS`; each prints one JSON line. Training goes through `ringmoe finetune`,
-scoring through `ringmoe evaluate` (whole images, merged across windows), as a user would.
+ROW is prepare, lakes-forest, kit-forest, neon-trees-forest, wpafb-still, wpafb-difference or
+wpafb-tracking-random; it prints one JSON line. The networks of detection are rows of
+`tasks_dense.py`; `tasks_queue.py` runs them all.
 """
 
 import argparse
@@ -53,22 +54,14 @@ def trained(data: Path, run: Path, task: str, *more: object) -> float:
     return resource.getrusage(resource.RUSAGE_CHILDREN).ru_utime - start
 
 
-def detection_row(
-    name: str, data: Path, classes: str, work: Path, *more: object, split: str = "val"
-) -> None:
-    """Train, score on the held-out images, print."""
-    run = work / f"run-{name}"
-    seconds = trained(data, run, "detection", "--classes", classes, *more)
-    found = ringmoe("evaluate", data, "--model", run, "--modality", "opt", "--split", split)
-    show(name, found["scores"], seconds)
-
-
 def show(name: str, scores: dict[str, Any], seconds: float) -> None:
     """One line of results."""
     keys = ("map", "map50", "recall", "ap50_per_class", "hota", "mota", "idf1", "precision",
             "switches")  # fmt: skip
     kept = {k: scores[k] for k in keys if k in scores}
-    print(json.dumps({"row": name, **kept, "train_cpu_seconds": round(seconds, 1)}), flush=True)
+    label = METHODS.get(name, "random forest on pixels, regions as boxes")
+    row = {"set": name.rsplit("-forest", 1)[0] if name not in METHODS else "wpafb"}
+    print(json.dumps({**row, "method": label, **kept, "cpu": round(seconds, 1)}), flush=True)
 
 
 def kit(work: Path) -> Path:
@@ -248,13 +241,16 @@ def difference_row(work: Path) -> None:
 def still_row(work: Path) -> None:
     """Trivial baseline: the labels of the first frame, kept for ever."""
     _, truth = wpafb_frames(work)
-    tracking_scores("wpafb-first-frame-kept", [truth[0]] * len(truth), truth, 0.0)
+    tracking_scores("wpafb-still", [truth[0]] * len(truth), truth, 0.0)
 
 
-def wpafb_row(work: Path, *more: object) -> None:
+def wpafb_row(work: Path, init: Path | None) -> None:
     """Train on simulated clips, track the real one."""
-    run = work / "run-wpafb"
-    seconds = trained(simulated(work), run, "tracking", "--bands", "band_1", *more)
+    run = work / "runs" / f"wpafb-{'pre' if init else 'random'}"
+    METHODS["wpafb-tracking"] += ", pre-trained start" if init else ", random start"
+    more = ["--init", init] if init else []
+    words = ["--set", "task.window=96", "--set", "train.batch_size=4", "--steps", 300]
+    seconds = trained(simulated(work), run, "tracking", "--bands", "band_1", *words, *more)
     score_wpafb(work, run, seconds)
 
 
@@ -279,12 +275,9 @@ def score_wpafb(work: Path, run: Path, seconds: float) -> None:
         hota = scores.compute()["hota"]
         if hota > best:
             best, chosen = hota, high
-    for name, (_, truths) in clips.items():
-        row = f"simulated-{Path(name).name}-high-{chosen}"
-        tracking_scores(row, simulated_boxes[name], truths, seconds, high=chosen, low=chosen / 2)
     paths, truth = wpafb_frames(work)
     real = detected(run, paths)
-    tracking_scores("wpafb-simulated", real, truth, seconds, high=chosen, low=chosen / 2)
+    tracking_scores("wpafb-tracking", real, truth, seconds, high=chosen, low=chosen / 2)
 
 
 def detected(run: Path, paths: list[Path]) -> list[Boxes]:
@@ -306,42 +299,42 @@ def detected(run: Path, paths: list[Path]) -> list[Boxes]:
     return boxes_of_clip(network, frames, settings_of(192))
 
 
-SMALL = (
-    "--set", "model={preset: nano, embed_dim: 16, depths: [1, 1, 1, 1], num_heads: [1, 1, 2, 2],"
-    " specialised: 2, collaborative: 2}", "--set", "task.channels=32",
-    "--set", "train.lr=3.0e-3", "--set", "train.batch_size=4",
-)  # fmt: skip
-"""An encoder of half nano's width and a block per stage: what trains in a minute of one core."""
-NARROW = (*SMALL, "--set", "task.window=96", "--steps")
-LAKES = "08_detection/bhuvan_lake_river"
-ROWS: dict[str, Callable[[Path], None]] = {
-    "lakes": lambda work: detection_row(
-        "lakes", DATA / LAKES, "lake,river", work,
-        *SMALL, "--set", "task.window=192", "--steps", 80,
-    ),
-    "lakes-forest": lambda _: forest_row("lakes-forest", DATA / LAKES, "lake,river"),
-    "kit": lambda work: detection_row("kit", kit(work), "car,minibus", work, *NARROW, 150),
-    "kit-forest": lambda work: forest_row("kit-forest", kit(work), "car,minibus"),
-    "neon": lambda work: detection_row("neon", neon(work), "tree", work, *NARROW, 80),
-    "neon-forest": lambda work: forest_row("neon-forest", neon(work), "tree"),
-    "spacenet": lambda work: detection_row(
-        "spacenet", spacenet(work), "object", work, *NARROW, 80, "--bands", "band_1",
-        "--set", "task.rotated=true", split="held-out",
-    ),
-    "wpafb-first-frame-kept": still_row,
-    "wpafb-difference": difference_row,
-    "wpafb-simulated": lambda work: wpafb_row(work, *NARROW, 200),
-}  # fmt: skip
+METHODS = {
+    "wpafb-still": "labels of the first frame, kept (uses labels)",
+    "wpafb-difference": "differences to the median frame, same association",
+    "wpafb-tracking": "trained on simulated clips",
+}
+LAKES = DATA / "08_detection/bhuvan_lake_river"
+
+
+def forest_of(name: str, work: Path) -> None:
+    """The classical row of a set."""
+    rows: dict[str, Callable[[], None]] = {
+        "lakes": lambda: forest_row("lakes-forest", LAKES, "lake,river"),
+        "kit": lambda: forest_row("kit-forest", kit(work), "car,minibus"),
+        "neon-trees": lambda: forest_row("neon-trees-forest", neon(work), "tree"),
+    }
+    rows[name]()
 
 
 def main() -> None:
-    """Run the rows named on the command line."""
+    """Run the row named on the command line."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("rows", nargs="+", choices=[*ROWS, "all"])
+    parser.add_argument("row")
     parser.add_argument("--work", type=Path, default=Path("/tmp/boxes"))
+    parser.add_argument("--init", type=Path)
     said = parser.parse_args()
-    for name in ROWS if "all" in said.rows else said.rows:
-        ROWS[name](said.work)
+    if said.row == "prepare":
+        for make in (kit, neon, spacenet):
+            make(said.work)
+    elif said.row.endswith("-forest"):
+        forest_of(said.row.removesuffix("-forest"), said.work)
+    elif said.row == "wpafb-still":
+        still_row(said.work)
+    elif said.row == "wpafb-difference":
+        difference_row(said.work)
+    else:
+        wpafb_row(said.work, said.init)
 
 
 if __name__ == "__main__":

@@ -1,11 +1,11 @@
-"""Real labelled sets: pre-trained against random, full against frozen, a CNN, a random forest.
+"""One labelled set, one method, one line: pre-trained or random, full or frozen, CNN, forest.
 
-    python benchmarks/tasks_dense.py DATA WORK pretrain
-    python benchmarks/tasks_dense.py DATA WORK eurosat forest    # then pre, random, cnn
-    python benchmarks/tasks_dense.py DATA WORK table
+    python benchmarks/tasks_dense.py DATA WORK SET METHOD [PRETRAINED]
 
-Every row is appended to WORK/rows.jsonl. The number of updates of our trainings is fixed; the CNN
-(a ResNet-18 pyramid under the same head) gets the CPU seconds of pre-training plus fine-tuning.
+SET is a name of `tasks_sets.CASES`, METHOD of `METHODS`. Every result is printed as a line of JSON;
+`tasks_queue.py` runs them all. Trainings have the recipe's settings and a fixed number of
+updates. The CNN (a ResNet-18 pyramid under the same head, as many parameters as nano) gets the CPU
+seconds of the longest of our trainings and its share of the pre-training.
 Nothing is chosen on a test split.
 """
 
@@ -13,6 +13,7 @@ import json
 import shutil
 import sys
 import time
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -20,254 +21,166 @@ from typing import Any
 import numpy as np
 import torch
 from cnn import ResNetPyramid
-from sklearn.ensemble import RandomForestClassifier
+from sklearn.ensemble import RandomForestClassifier, RandomForestRegressor
+from sklearn.linear_model import LogisticRegression, Ridge
+from sklearn.pipeline import make_pipeline
+from sklearn.preprocessing import StandardScaler
+from tasks_sets import CASES, Case
 
 from model.adapt import freeze as freeze_encoder
 from model.batch import Batch
 from model.config import TaskConfig
-from model.metrics import ConfusionMatrix
+from model.metrics import ConfusionMatrix, RegressionErrors
 from model.optim import adamw, learning_rate
+from model.tasks.change import ChangeScores
+from model.tasks.head import pixel_classes
 from model.tasks.network import TaskNetwork
 from ringmoe_cli import console
+from ringmoe_cli.jobs import objects
 from ringmoe_cli.jobs.evaluation import EvaluateRequest, evaluate
+from ringmoe_cli.jobs.fewshot import few_shot
 from ringmoe_cli.jobs.finetuning import FinetuneRequest, finetune, score, starting_point
-from ringmoe_cli.jobs.pretraining import PretrainRequest, pretrain
 from ringmoe_cli.jobs.probe import knn_probe
-from ringmoe_cli.jobs.taskdata import DataRequest, open_task_data
-from ringmoe_cli.recipe import FinetuneRecipe, load_finetune_recipe, load_pretrain_recipe
-from ringmoe_cli.scene.labels import Wanted
-from ringmoe_cli.scene.sensors import Said
-from ringmoe_cli.scene.store.intake import gather
-from ringmoe_cli.scene.tiling import Settings, tile_scenes
+from ringmoe_cli.jobs.taskdata import TaskData, open_task_data
+from ringmoe_cli.machine import use_memory_steadily
+from ringmoe_cli.recipe import FinetuneRecipe, load_finetune_recipe
 
-PRETRAIN_STEPS = 85
-MAIN = {
-    "classification": "accuracy", "segmentation": "miou", "change": "change_f1", "depth": "rmse"
-}  # fmt: skip
+DETECTION_SPLIT = {"spacenet": "held-out"}
+SHOTS, EPISODES, SHOT_STEPS = 5, 3, 60
 
 
 @dataclass(frozen=True)
-class Case:
-    """One labelled set and its protocol."""
+class Bench:
+    """Where everything is, and what is asked."""
 
-    data: tuple[str, ...]
-    task: str
-    steps: int
-    batch: int = 16
-    window: int = 64
-    validation: str | None = None
-    modalities: tuple[str, ...] = ()
-    classes: str | None = None
-    dropout: float = 0.0
+    data: Path
+    work: Path
+    name: str
+    pretrained: Path | None
 
+    @property
+    def case(self) -> Case:
+        """The set's protocol."""
+        return CASES[self.name]
 
-CASES = {
-    "eurosat": Case(("{data}/05_scene_classification/eurosat_rgb",), "classification", 30, 64),
-    "mstar": Case(("{work}/mstar/train",), "classification", 60, 32, 64, "{work}/mstar/test",
-                  ("sar-l2",)),
-    "mstar-clutter": Case(("{work}/mstar-clutter/train",), "classification", 60, 32, 64,
-                          "{work}/mstar-clutter/test", ("sar-l2",)),
-    "dubai": Case(("{work}/dubai/train",), "segmentation", 40, 16, 64, "{work}/dubai/test",
-                  classes="{work}/dubai/classes.csv"),
-    "floods-ms": Case(("{work}/floods.zarr",), "segmentation", 40, modalities=("ms",)),
-    "floods-sar": Case(("{work}/floods.zarr",), "segmentation", 40, modalities=("sar-l2",)),
-    "floods-both": Case(("{work}/floods.zarr",), "segmentation", 40, modalities=("ms", "sar-l2"),
-                        dropout=0.5),
-    "levir-check": Case(("{data}/07_change_detection/levir_samples",), "change", 40, 8),
-    "height-check": Case(("{work}/neon.zarr",), "depth", 40, 8),
-    "airsar": Case(("{work}/airsar0.zarr",), "segmentation", 40, validation="{work}/airsar2.zarr"),
-}  # fmt: skip
+    def found(self) -> TaskData:
+        """The set, normalised by its own training part."""
+        found = open_task_data(self.case.request(self.data, self.work))
+        found.training.normalisation = found.held_out.normalisation = found.measure()
+        return found
 
+    def recipe(self, *more: str) -> FinetuneRecipe:
+        """The task's recipe, with the set's sizes."""
+        case = self.case
+        said = [f"train.steps={case.updates}", f"train.batch_size={case.batch}",
+                "train.save_every=100000", f"task.window={case.window}",
+                f"task.modality_dropout={case.dropout}",
+                f"task.rotated={str(case.rotated).lower()}"]  # fmt: skip
+        return load_finetune_recipe(f"finetune-{case.task}", [*said, *more])
 
-def scenes(paths: list[Path | str], out: Path, label: Path | None = None, **said: Any) -> None:
-    classes = said.pop("classes", None)
-    if not out.exists():
-        labels = [str(label)] if label else []
-        wanted = Wanted("segmentation", classes)
-        labelled = gather([str(p) for p in paths], Said(**said), labels, wanted)
-        tile_scenes(labelled, out, Settings())
+    def run(self, name: str) -> Path:
+        """Folder of a training."""
+        return self.work / "runs" / f"{self.name}-{name}"
 
 
-def prepare(data: Path, work: Path) -> None:
-    """Stores of the scenes, and copies of the folders with the splits as folders."""
-    t3 = data / "04_sar_complex/airsar_sf_T3"
-    for strip in (0, 2):
-        labels = data / f"06_segmentation/airsar_polsf_labels/labels_strip{strip}.png"
-        names = "1=bare soil,2=mountain,3=water,4=urban,5=vegetation"
-        scenes([t3 / f"strip{strip}"], work / f"airsar{strip}.zarr", labels, classes=names)
-    naip = sorted((data / "01_optical_scenes/naip").glob("*.tif"))
-    oam = next((data / "01_optical_scenes/oam_2048").glob("*.tif"))
-    scenes(naip, work / "naip.zarr", bands=("red", "green", "blue", "-"), modality="opt")
-    scenes([oam], work / "oam.zarr", bands=("red", "green", "blue"), modality="opt")
-    ten = ("blue", "green", "red", "rededge1", "rededge2", "rededge3", "nir", "nir08", "swir16",
-           "swir22")  # fmt: skip
-    aber = data / "02_multispectral/s2_aberystwyth_10band/mosaic_10band.tif"
-    scenes([aber], work / "aber.zarr", bands=ten, scale="0.0001")
-    umbra = data / "03_sar_amplitude/umbra_mount_yasur.tiff"
-    scenes([umbra], work / "umbra.zarr", modality="sar-l2", bands=("amplitude",))
-    flood = data / "06_segmentation/sen1floods11_spain"
-    water = flood / "Spain_7370579_LabelHand.tif"
-    floods = work / "floods.zarr"
-    if not floods.exists():
-        wanted = Wanted("segmentation", "0=land,1=water")
-        s2 = gather([str(flood / "Spain_7370579_S2Hand.tif")], Said(scale="0.0001"), [str(water)],
-                    wanted)  # fmt: skip
-        s1 = gather([str(flood / "Spain_7370579_S1Hand.tif")], Said(scale="db"), [], wanted)
-        tile_scenes([*s2, *s1], floods, Settings())
-    neon = data / "09_height/neon_OSBS_029"
-    if not (work / "neon.zarr").exists():
-        said, heights = Said("opt", ("red", "green", "blue")), Wanted("depth")
-        chm = f"depth={neon / 'OSBS_029_chm_0p5m_derived.tif'}"
-        tile_scenes(gather([str(neon / "OSBS_029.tif")], said, [chm], heights),
-                    work / "neon.zarr", Settings())  # fmt: skip
-    copy_dubai(data / "06_segmentation/dubai", work / "dubai")
-    if not (work / "mstar").exists():
-        shutil.copytree(data / "05_scene_classification/mstar_soc", work / "mstar")
-        clutter_only(work / "mstar", work / "mstar-clutter")
-
-
-def copy_dubai(source: Path, out: Path) -> None:
-    """Parts 7 to 9 of every tile are the test split."""
-    if out.exists():
-        return
-    for kind in ("images", "masks"):
-        for path in sorted((source / "train" / kind).iterdir()):
-            split = "test" if int(path.stem[-1]) >= 7 else "train"
-            (out / split / kind).mkdir(parents=True, exist_ok=True)
-            shutil.copy(path, out / split / kind / path.name)
-    (out / "classes.csv").write_text(
-        "building,60,16,152\nland,132,41,246\nroad,110,193,228\nvegetation,254,221,58\n"
-        "water,226,169,41\nunlabelled,155,155,155\n"
-    )
-
-
-def clutter_only(source: Path, out: Path) -> None:
-    """The same chips with the 64 × 64 pixels in their middle, the vehicle, filled with clutter."""
-    from PIL import Image
-
-    for path in source.rglob("*.jpeg"):
-        pixels = np.asarray(Image.open(path).convert("L")).copy()
-        middle = tuple(slice(n // 2 - 32, n // 2 + 32) for n in pixels.shape)
-        pixels[middle] = np.median(pixels)
-        target = out / path.relative_to(source)
-        target.parent.mkdir(parents=True, exist_ok=True)
-        Image.fromarray(pixels).save(target, quality=95)
-
-
-def pretrained(work: Path) -> float:
-    """Pre-train on unlabelled scenes of all four modalities, once; returns CPU seconds."""
-    done = work / "pretrain.json"
-    if not done.exists():
-        recipe = load_pretrain_recipe(
-            "pretrain-nano",
-            [f"train.steps={PRETRAIN_STEPS}", "train.batch_size=32", "train.save_every=80"],
-        )
-        stores = tuple(work / f"{n}.zarr" for n in ("naip", "oam", "aber", "umbra", "airsar0"))
-        start = time.process_time()
-        pretrain(PretrainRequest(stores, work / "pre", recipe))
-        done.write_text(json.dumps({"cpu": time.process_time() - start}))
-    return float(json.loads(done.read_text())["cpu"])
-
-
-def request_of(case: Case, data: Path, work: Path) -> DataRequest:
-    def at(text: str) -> Path:
-        return Path(text.format(data=data, work=work))
-
-    return DataRequest(
-        paths=[at(p) for p in case.data],
-        task=case.task,
-        size=case.window,
-        validation=at(case.validation) if case.validation else None,
-        modalities=case.modalities,
-        classes=str(at(case.classes)) if case.classes else None,
-    )
-
-
-def ours(name: str, case: Case, data: Path, work: Path, init: bool, freeze: bool) -> dict[str, Any]:
-    recipe = load_finetune_recipe(
-        f"finetune-{case.task}",
-        [f"train.steps={case.steps}", f"train.batch_size={case.batch}", "train.save_every=1000",
-         f"task.window={case.window}", f"task.freeze={str(freeze).lower()}",
-         "task.channels=32", f"task.modality_dropout={case.dropout}"],
-    )  # fmt: skip
-    run = work / "runs" / f"{name}-{'pre' if init else 'rand'}-{'frozen' if freeze else 'full'}"
-    start = time.process_time()
-    scores = finetune(
-        FinetuneRequest(request_of(case, data, work), run, recipe,
-                        work / "pre" if init else None, overwrite=True)
-    )  # fmt: skip
+def ours(bench: Bench, init: Path | None, *more: str, name: str) -> dict[str, Any]:
+    """`ringmoe finetune`, and for boxes `ringmoe evaluate`."""
+    run, start = bench.run(name), time.process_time()
+    request = bench.case.request(bench.data, bench.work)
+    asked = FinetuneRequest(request, run, bench.recipe(*more), init, overwrite=True)
+    scores = finetune(asked)
+    seconds = time.process_time() - start
     shutil.rmtree(run / "state", ignore_errors=True)
-    return {**scores, "cpu": time.process_time() - start}
+    if bench.case.task == "detection":
+        split = DETECTION_SPLIT.get(bench.name, "val")
+        scores = evaluate(EvaluateRequest(request, run, run / "evaluation", split, worst=0))
+    return {**scores, "cpu": seconds, "steps": bench.case.updates}
 
 
-def cnn(case: Case, data: Path, work: Path, seconds: float) -> dict[str, Any]:
-    """The same head on a ResNet-18, trained for so many CPU seconds."""
-    torch.manual_seed(0)
-    found = open_task_data(request_of(case, data, work))
-    found.training.normalisation = found.held_out.normalisation = found.measure()
-    channels = {m: len(b) for m, b in found.training.channels.items()}
-    task = TaskConfig(case.task, found.classes, modalities=tuple(channels), channels=32)
-    network = TaskNetwork(ResNetPyramid(channels), task, modality_dropout=case.dropout)
-    optimiser = adamw(network.train(), 1e-3, 0.05)
-    stream, start, step, steps = found.training.training(case.batch, 0), time.process_time(), 0, 20
-    while step < steps:
-        for group in optimiser.param_groups:
-            group["lr"] = learning_rate(step, max(steps, 60), 1e-3, 5e-7, 20)
-        optimiser.zero_grad()
-        network.loss(next(stream)).loss.backward()
-        torch.nn.utils.clip_grad_norm_(network.parameters(), 5.0)
-        optimiser.step()
-        step += 1
-        spent = time.process_time() - start
-        if step == 20:
-            steps = max(60, int(seconds / spent * 20))
-        if spent > 1.1 * seconds and step >= 60:
-            break
-    scores = score(network.eval(), found.held_out.once(case.batch))
-    return {**scores, "cpu": time.process_time() - start, "steps": step}
+def full(bench: Bench) -> Iterator[tuple[str, dict[str, Any]]]:
+    """Everything is trained, from the pre-trained weights."""
+    yield "pre-trained, full", ours(bench, bench.pretrained, name="pre-full")
 
 
-def forest(case: Case, data: Path, work: Path) -> dict[str, Any]:
-    """A random forest: band statistics and histograms of chips, 5 × 5 statistics of pixels."""
-    found = open_task_data(request_of(case, data, work))
-    found.training.normalisation = found.held_out.normalisation = found.measure()
+def frozen(bench: Bench) -> Iterator[tuple[str, dict[str, Any]]]:
+    """The head is trained on the pre-trained encoder."""
+    scores = ours(bench, bench.pretrained, "task.freeze=true", name="pre-frozen")
+    yield "pre-trained, frozen", scores
+
+
+def convpass(bench: Bench) -> Iterator[tuple[str, dict[str, Any]]]:
+    """Head and narrow bypasses are trained."""
+    scores = ours(bench, bench.pretrained, "task.convpass=16", name="pre-convpass")
+    yield "pre-trained, Convpass", scores
+
+
+def random_full(bench: Bench) -> Iterator[tuple[str, dict[str, Any]]]:
+    """Everything is trained, from random weights."""
+    yield "random start, full", ours(bench, None, name="random-full")
+
+
+def random_frozen(bench: Bench) -> Iterator[tuple[str, dict[str, Any]]]:
+    """The head is trained on an encoder of random weights."""
+    yield "random start, frozen", ours(bench, None, "task.freeze=true", name="random-frozen")
+
+
+def shots(bench: Bench) -> Iterator[tuple[str, dict[str, Any]]]:
+    """A few labelled windows per class, several draws, random against pre-trained."""
+    for name, init in (("random start", None), ("pre-trained", bench.pretrained)):
+        recipe = bench.recipe(f"train.steps={SHOT_STEPS}")
+        request = bench.case.request(bench.data, bench.work)
+        run, start = bench.run(f"shots-{name.split()[0]}"), time.process_time()
+        found = few_shot(FinetuneRequest(request, run, recipe, init), SHOTS, EPISODES)
+        found["cpu"] = time.process_time() - start
+        yield f"{SHOTS} windows per class, {name}, mean of {EPISODES} draws", found
+
+
+def neighbours(bench: Bench) -> Iterator[tuple[str, dict[str, Any]]]:
+    """Nearest training windows by the pre-trained features."""
+    assert bench.pretrained
     start = time.process_time()
-    x, y = features(found.training.once(16), case, 20_000)
-    model = RandomForestClassifier(100, n_jobs=1, random_state=0, min_samples_leaf=2).fit(x, y)
-    x, y = features(found.held_out.once(16), case, 400_000)
-    confusion = ConfusionMatrix(len(found.classes))
-    confusion.update(torch.from_numpy(model.predict(x)), torch.from_numpy(y))
-    majority = np.bincount(y).max() / len(y)
-    return {**confusion.compute(), "majority": majority, "cpu": time.process_time() - start}
+    found = knn_probe(bench.case.request(bench.data, bench.work), bench.pretrained, 20)
+    yield "20-NN of pre-trained features", {**found, "cpu": time.process_time() - start}
 
 
-def transferred(case: Case, taught: str, data: Path, work: Path) -> dict[str, dict[str, Any]]:
-    """A head trained on one modality of a frozen encoder, asked about each; and neighbours."""
+def missing(bench: Bench) -> Iterator[tuple[str, dict[str, Any]]]:
+    """The fused model without one of its sensors."""
+    run = bench.run("pre-full" if bench.run("pre-full").exists() else "random-full")
+    for alone in bench.case.modalities:
+        asked = replace(bench.case.request(bench.data, bench.work), modalities=(alone,))
+        out = bench.run(f"only-{alone}")
+        found = evaluate(EvaluateRequest(asked, run, out, "held-out", worst=0))
+        yield f"fused model ({run.name.split('-', 2)[-1]}), only {alone}", found
+
+
+def transfer(bench: Bench) -> Iterator[tuple[str, dict[str, Any]]]:
+    """A head taught by one modality of a frozen encoder, asked about each; and neighbours."""
+    assert bench.pretrained
+    for taught in bench.case.modalities:
+        network, found, seconds = taught_by(bench, taught)
+        for m in bench.case.modalities:
+            batches = (only(b, m) for b in found.held_out.once(bench.case.batch))
+            scores = {**score(network, batches), "cpu": seconds}
+            yield f"frozen head taught {taught}, asked {m}", scores
+            request = bench.case.request(bench.data, bench.work)
+            near = knn_probe(request, bench.pretrained, 5, across=(taught, m))
+            yield f"5-NN of windows, remembers {taught}, asked {m}", {**near, "cpu": 0.0}
+
+
+def taught_by(bench: Bench, taught: str) -> tuple[TaskNetwork, TaskData, float]:
+    """A head for a frozen encoder that sees one modality only."""
     torch.manual_seed(0)
-    found = open_task_data(request_of(case, data, work))
-    asked = FinetuneRequest(request_of(case, data, work), work, FinetuneRecipe(), work / "pre")
+    request = bench.case.request(bench.data, bench.work)
+    found = open_task_data(request)
+    asked = FinetuneRequest(request, bench.work, FinetuneRecipe(), bench.pretrained)
     encoder, normalisation = starting_point(asked, found)
     found.training.normalisation = found.held_out.normalisation = normalisation
     freeze_encoder(encoder)
-    task = TaskConfig(case.task, found.classes, modalities=case.modalities, channels=32)
+    task = TaskConfig(bench.case.task, found.classes, modalities=bench.case.modalities, channels=32)
     network = TaskNetwork(encoder, task)
-    optimiser = adamw(network.train(), 1e-3, 0.05)
-    stream, start = found.training.training(case.batch, 0), time.process_time()
-    for step in range(case.steps):
-        for group in optimiser.param_groups:
-            group["lr"] = learning_rate(step, case.steps, 1e-3, 5e-7, 20)
-        optimiser.zero_grad()
-        network.loss(only(next(stream), taught)).loss.backward()
-        optimiser.step()
-    network.eval()
-    spent = {"cpu": time.process_time() - start}
-    rows = {}
-    for m in case.modalities:
-        batches = (only(b, m) for b in found.held_out.once(case.batch))
-        rows[f"frozen head taught {taught}, asked {m}"] = {**score(network, batches), **spent}
-        near = knn_probe(request_of(case, data, work), work / "pre", 5, across=(taught, m))
-        rows[f"5-NN of windows, remembers {taught}, asked {m}"] = {**near, "cpu": 0.0}
-    return rows
+    batches = (only(b, taught) for b in found.training.training(bench.case.batch, 0))
+    seconds = learn(network, batches, bench.case.updates)
+    return network.eval(), found, seconds
 
 
 def only(batch: Batch, modality: str) -> Batch:
@@ -276,84 +189,209 @@ def only(batch: Batch, modality: str) -> Batch:
     return replace(batch, images={modality: batch.images[modality]}, valid=valid)
 
 
-def features(batches: Any, case: Case, most: int) -> tuple[Any, Any]:
-    xs, ys = [], []
-    pool = torch.nn.AvgPool2d(5, 1, 2, count_include_pad=False)
-    for batch in batches:
-        x = torch.cat([v[:, 0] for v in batch.images.values()], 1)
-        y = batch.targets["classes"]
-        if case.task == "classification":
-            counts = [torch.stack([torch.histc(c, 16, -2, 3) for c in image]).flatten()
-                      for image in x]  # fmt: skip
-            xs.append(torch.cat([x.mean((2, 3)), x.std((2, 3)), torch.stack(counts)], 1))
-            ys.append(y)
-            continue
-        mean = pool(x)
-        spread = (pool(x * x) - mean**2).clamp(min=0).sqrt()
-        every = torch.cat([x, mean, spread], 1).movedim(1, -1)
-        xs.append(every[y != 255])
-        ys.append(y[y != 255])
-    x, y = torch.cat(xs).numpy(), torch.cat(ys).numpy()
-    if len(y) > most:
-        chosen = np.random.default_rng(0).choice(len(y), most, replace=False)
-        x, y = x[chosen], y[chosen]
-    return x, y
+def learn(network: TaskNetwork, batches: Iterable[Batch], steps: int, peak: float = 3e-3) -> float:
+    """So many updates; returns CPU seconds."""
+    optimiser, start = adamw(network.train(), peak, 0.05), time.process_time()
+    for step, batch in zip(range(steps), batches, strict=False):
+        for group in optimiser.param_groups:
+            group["lr"] = learning_rate(step, steps, peak, 5e-7, 20)
+        optimiser.zero_grad()
+        network.loss(batch).loss.backward()
+        torch.nn.utils.clip_grad_norm_(network.parameters(), 5.0)
+        optimiser.step()
+    return time.process_time() - start
 
 
-def measure(name: str, part: str, data: Path, work: Path) -> None:
-    """One part of a set's rows: forest, pre, random, cnn."""
-    case = CASES[name]
-
-    def note(method: str, scores: dict[str, Any]) -> None:
-        kept = ("accuracy", "miou", "f1", "kappa", "balanced_accuracy", "change_f1", "ece",
-                "majority", "cpu", "steps", "pixels", "rmse", "mae", "r2")  # fmt: skip
-        row = {"set": name, "method": method, **{k: scores[k] for k in kept if k in scores}}
-        with (work / "rows.jsonl").open("a") as file:
-            file.write(json.dumps(row) + "\n")
-        print(json.dumps(row), flush=True)
-
-    if part == "forest":
-        note("random forest", forest(case, data, work))
-    elif part == "missing":
-        run = work / "runs" / f"{name}-pre-full"
-        for alone in case.modalities:
-            asked = replace(request_of(case, data, work), modalities=(alone,), task="", size=0)
-            note(
-                f"fused model, only {alone}",
-                evaluate(EvaluateRequest(asked, run, work / "runs" / f"{name}-{alone}", worst=0)),
+def cnn(bench: Bench) -> Iterator[tuple[str, dict[str, Any]]]:
+    """The same head on a ResNet-18, for the CPU seconds of our longest row."""
+    torch.manual_seed(0)
+    case, found = bench.case, bench.found()
+    channels = {m: len(b) for m, b in found.training.channels.items()}
+    task = TaskConfig(
+        case.task, found.classes, modalities=tuple(channels), channels=32, window=case.window,
+        rotated=case.rotated, value_range=found.value_range, unit=found.unit,
+    )  # fmt: skip
+    network = TaskNetwork(ResNetPyramid(channels), task, modality_dropout=case.dropout)
+    each = learn(network, found.training.training(case.batch, 1), 8, 1e-5) / 8
+    seconds = longest(bench) + pretraining_share(bench)
+    torch.manual_seed(0)
+    network = TaskNetwork(ResNetPyramid(channels), task, modality_dropout=case.dropout)
+    steps = max(20, round(seconds / each))
+    spent = learn(network, found.training.training(case.batch, 0), steps, 1e-3)
+    if case.task == "detection":
+        images = objects.whole_images(found.held_out)
+        settings = objects.settings_of(case.window)
+        if images:
+            metric, _ = objects.score_images(
+                network.eval(), images, found.held_out.normalisation, settings
             )
-    elif part == "transfer":
-        for taught in case.modalities:
-            for method, found in transferred(case, taught, data, work).items():
-                note(method, found)
-    elif part == "cnn":
-        rows = [json.loads(r) for r in (work / "rows.jsonl").read_text().splitlines()]
-        longest = max(r["cpu"] for r in rows if r["set"] == name and "full" in r["method"])
-        before = json.loads((work / "pretrain.json").read_text())["cpu"]
-        note("ResNet-18, same CPU seconds", cnn(case, data, work, before + longest))
+            scores = metric.compute()
+        else:
+            scores = score(network.eval(), found.held_out.once(case.batch))
     else:
-        for freeze in (False, True):
-            found = ours(name, case, data, work, part == "pre", freeze)
-            note(f"{'pre-trained' if part == 'pre' else part}, {'frozen' if freeze else 'full'}",
-                 found)  # fmt: skip
+        scores = score(network.eval(), found.held_out.once(case.batch))
+    yield "ResNet-18, same CPU seconds", {**scores, "cpu": spent, "steps": steps}
 
 
-def table(work: Path) -> None:
-    for line in (work / "rows.jsonl").read_text().splitlines():
-        row = json.loads(line)
-        main = MAIN[CASES[row["set"]].task]
-        shown = [f"{row[k]:.3f}" if k in row else "" for k in (main, "accuracy", "kappa", "ece")]
-        print(f"| {row['set']} | {row['method']} | {' | '.join(shown)} | {row.get('cpu', 0):.0f} |")
+def rows_of(work: Path) -> list[dict[str, Any]]:
+    """Results so far."""
+    path = work / "rows.jsonl"
+    return [json.loads(r) for r in path.read_text().splitlines()] if path.exists() else []
+
+
+def longest(bench: Bench) -> float:
+    """CPU seconds of our longest training on this set."""
+    mine = [r["cpu"] for r in rows_of(bench.work)
+            if r.get("set") == bench.name and ", full" in r.get("method", "")]  # fmt: skip
+    return max(mine, default=60.0)
+
+
+def pretraining_share(bench: Bench) -> float:
+    """CPU seconds of pre-training, divided by the sets that start from it."""
+    path = bench.work / "pretrain.json"
+    return float(json.loads(path.read_text())["cpu"]) / len(CASES) if path.exists() else 0.0
+
+
+def trivial(bench: Bench) -> Iterator[tuple[str, dict[str, Any]]]:
+    """Always the commonest class, or the mean value, of the training part."""
+    found, case = bench.found(), bench.case
+    if case.task == "depth":
+        known = [v[np.isfinite(v)] for v in (b.targets["values"].numpy()
+                 for b in found.training.once(16))]  # fmt: skip
+        mean = float(np.concatenate(known).mean())
+        errors = RegressionErrors()
+        for batch in found.held_out.once(16):
+            errors.update(torch.full_like(batch.targets["values"], mean), batch.targets["values"])
+        yield "mean of the training heights", {**errors.compute(), "cpu": 0.0}
+        return
+    counts = sum(np.bincount(truth_of(b)[1], minlength=256)[:255]
+                 for b in found.training.once(16))  # fmt: skip
+    common, confusion = int(np.argmax(counts)), confusion_of(case, len(found.classes))
+    for batch in found.held_out.once(16):
+        y = torch.from_numpy(truth_of(batch)[1])
+        confusion.update(torch.full_like(y, common), y)
+    yield "commonest class", {**summed(case, confusion), "cpu": 0.0}
+
+
+def truth_of(batch: Batch) -> tuple[Any, Any]:
+    """Mask of labelled pixels (None for windows), and their classes."""
+    y = batch.targets["classes"]
+    if y.ndim == 1:
+        return None, y.numpy()
+    y = pixel_classes(batch)
+    return y != 255, y[y != 255].numpy()
+
+
+def confusion_of(case: Case, classes: int) -> ConfusionMatrix:
+    """An empty confusion matrix."""
+    return ConfusionMatrix(classes)
+
+
+def summed(case: Case, confusion: ConfusionMatrix) -> dict[str, Any]:
+    """The task's scores from a confusion matrix."""
+    if case.task != "change":
+        return confusion.compute()
+    scores = ChangeScores(2)
+    scores.confusion = confusion
+    scores.calibration.update(torch.tensor([[1.0, 0.0]]), torch.tensor([0]))
+    return {k: v for k, v in scores.compute().items() if k != "ece"}
+
+
+def forest(bench: Bench) -> Iterator[tuple[str, dict[str, Any]]]:
+    """100 trees on the same features."""
+    kind = RandomForestRegressor if bench.case.task == "depth" else RandomForestClassifier
+    model = kind(100, n_jobs=1, random_state=0, min_samples_leaf=2)
+    yield "random forest", classical(bench, model)
+
+
+def linear(bench: Bench) -> Iterator[tuple[str, dict[str, Any]]]:
+    """Logistic or ridge regression on the same features."""
+    depth = bench.case.task == "depth"
+    model = Ridge() if depth else LogisticRegression(max_iter=300)
+    yield "linear", classical(bench, make_pipeline(StandardScaler(), model))
+
+
+def classical(bench: Bench, model: Any) -> dict[str, Any]:
+    """Fit on up to 20,000 samples of the training part, score on all of the test part."""
+    found, case, start = bench.found(), bench.case, time.process_time()
+    rng, batches = np.random.default_rng(1), 1 + len(found.training.places) // 16
+    pairs = [thinned(described(b, case), 60_000 // batches, rng)
+             for b in found.training.once(16)]  # fmt: skip
+    x, y = (np.concatenate(p) for p in zip(*pairs, strict=True))
+    if len(y) > 20_000:
+        chosen = np.random.default_rng(0).choice(len(y), 20_000, replace=False)
+        x, y = x[chosen], y[chosen]
+    model.fit(x, y)
+    seconds = time.process_time() - start
+    if case.task == "depth":
+        errors = RegressionErrors()
+        for batch in found.held_out.once(16):
+            x, y = described(batch, case)
+            errors.update(torch.from_numpy(model.predict(x)).float(), torch.from_numpy(y).float())
+        return {**errors.compute(), "cpu": seconds}
+    confusion = confusion_of(case, len(found.classes))
+    for batch in found.held_out.once(16):
+        x, y = described(batch, case)
+        if len(y):
+            confusion.update(torch.from_numpy(model.predict(x)), torch.from_numpy(y))
+    return {**summed(case, confusion), "cpu": seconds}
+
+
+def thinned(pair: tuple[Any, Any], most: int, rng: np.random.Generator) -> tuple[Any, Any]:
+    """Some of the samples of a batch, so that memory stays small."""
+    x, y = pair
+    if len(y) <= max(most, 16):
+        return x, y
+    chosen = rng.choice(len(y), max(most, 16), replace=False)
+    return x[chosen], y[chosen]
+
+
+def described(batch: Batch, case: Case) -> tuple[Any, Any]:
+    """What a classical model sees of a batch: (N, F) features and (N,) truths.
+
+    Windows: means, deviations and histograms of 16 bins of every band. Pixels: every band with its
+    means and deviations over 5 x 5 pixels; of both dates, and their difference, for change.
+    """
+    dates = [torch.cat([v[:, t] for v in batch.images.values()], 1)
+             for t in range(next(iter(batch.images.values())).shape[1])]  # fmt: skip
+    x = torch.cat([*dates, *([(dates[1] - dates[0]).abs()] if len(dates) == 2 else [])], 1)
+    if case.task == "classification":
+        counts = torch.stack([torch.stack([torch.histc(c, 16, -2, 3) for c in image]).flatten()
+                              for image in x])  # fmt: skip
+        parts = [x.mean((2, 3)), x.std((2, 3)), counts]
+        return torch.cat(parts, 1).numpy(), batch.targets["classes"].numpy()
+    pool = torch.nn.AvgPool2d(5, 1, 2, count_include_pad=False)
+    mean = pool(x)
+    spread = (pool(x * x) - mean**2).clamp(min=0).sqrt()
+    every = torch.cat([x, mean, spread], 1).movedim(1, -1)
+    if case.task == "depth":
+        truth = batch.targets["values"][:, 0]
+        known = torch.isfinite(truth)
+        return every[known].numpy(), truth[known].numpy()
+    known, y = truth_of(batch)
+    return every[known].numpy(), y
+
+
+METHODS: Mapping[str, Callable[[Bench], Iterator[tuple[str, dict[str, Any]]]]] = {
+    "trivial": trivial, "linear": linear, "forest": forest, "random-full": random_full,
+    "random-frozen": random_frozen, "full": full, "frozen": frozen, "convpass": convpass,
+    "cnn": cnn, "missing": missing, "transfer": transfer, "shots": shots, "knn": neighbours,
+}  # fmt: skip
+KEPT = ("accuracy", "miou", "f1", "kappa", "balanced_accuracy", "change_f1", "change_iou", "ece",
+        "cpu", "steps", "rmse", "mae", "r2", "map", "map50", "recall", "ap50_per_class",
+        "accuracy_margin95", "miou_margin95", "iou_per_class")  # fmt: skip
+
+
+def main() -> None:
+    """One method on one set."""
+    data, work, name, method = Path(sys.argv[1]), Path(sys.argv[2]), sys.argv[3], sys.argv[4]
+    pretrained = Path(sys.argv[5]) if len(sys.argv) > 5 else None
+    console.State.quiet = True
+    use_memory_steadily()
+    for title, scores in METHODS[method](Bench(data, work, name, pretrained)):
+        row = {"set": name, "method": title, **{k: scores[k] for k in KEPT if k in scores}}
+        print(json.dumps(row), flush=True)
 
 
 if __name__ == "__main__":
-    data, work, what = Path(sys.argv[1]), Path(sys.argv[2]), sys.argv[3]
-    work.mkdir(parents=True, exist_ok=True)
-    console.State.quiet = True
-    if what == "pretrain":
-        prepare(data, work)
-        print(pretrained(work))
-    elif what == "table":
-        table(work)
-    else:
-        measure(what, sys.argv[4], data, work)
+    main()

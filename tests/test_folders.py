@@ -168,18 +168,28 @@ def test_image_and_label_are_moved_and_turned_together():
     assert len(seen) >= 4  # turned in several ways
 
 
-def test_radar_amplitudes_are_moved_but_never_turned():
+def test_radar_amplitudes_are_moved_and_given_other_gains_but_never_turned():
     from model.normalisation import Normalisation
 
     item = Drawn(100, 90)
     item.channels = {"sar-l2": ("red", "green", "blue")}
     item.read = lambda window: {"sar-l2": Drawn.read(item, window)["opt"]}
     item.label = lambda window: 1
-    windows = LabelledWindows([item], tiled(0, Drawn(100, 90), 32), 32)
+    places = [Place(0, Window(80, 70, 32, 32)), *tiled(0, Drawn(100, 90), 32)[:3]]
+    windows = LabelledWindows([item], places, 32)
     windows.normalisation = {"sar-l2": Normalisation(("r", "g", "b"), (0.0,) * 3, (1.0,) * 3)}
-    rows, cols, _ = next(windows.training(16, seed=3)).images["sar-l2"][:, 0].unbind(1)
+    batch = next(windows.training(16, seed=3))
+    rows, cols, _ = batch.images["sar-l2"][:, 0].unbind(1)
     assert (rows[:, 1, 0] > rows[:, 0, 0]).all()
     assert (cols[:, 0, 1] > cols[:, 0, 0]).all()
+    steps = rows[:, 1, 0] - rows[:, 0, 0]
+    assert 0.02 < steps.std() < 0.3  # at another gain each, only in training
+    at_edge = windows.batch(places[:1], [0], [(1.2, 5.0)])
+    void = ~at_edge.valid["sar-l2"].expand(-1, -1, 3, -1, -1)
+    assert (at_edge.images["sar-l2"][void] == 0).all()
+    assert at_edge.images["sar-l2"][0, 0, 0, 0, 0] == pytest.approx(80 * 1.2 + 5)
+    rows = next(windows.once(4)).images["sar-l2"][1, 0, 0]
+    assert rows[1, 0] - rows[0, 0] == 1
 
 
 def test_a_mask_with_a_palette_is_read_by_its_colours(tmp_path):

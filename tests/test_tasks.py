@@ -94,6 +94,21 @@ def test_dense_answers_have_the_size_of_the_image(name, size, detail):
         assert answer.max() <= 10
 
 
+def test_a_classifier_begins_as_a_linear_probe_of_its_encoder():
+    generator = torch.Generator().manual_seed(0)
+    task = task_of("classification")
+    head = network_of(task).head
+    widths = (16, 32, 64, 128)
+    truth = torch.arange(60) % 3
+    stages = [torch.randn(60, w, 2, 2, generator=generator) for w in widths]
+    for k in range(3):
+        stages[0][truth == k, k] += 3.0
+    head.start_from(torch.cat([x.mean((2, 3)) for x in stages], 1), truth)
+    logits = head(stages, (8, 8))
+    assert (logits.argmax(1) == truth).float().mean() > 0.95
+    assert all(p.grad is None or not p.grad.any() for p in head.parameters())
+
+
 def test_detail_lets_a_map_see_levels_that_the_norm_of_the_patches_takes_out():
     """Constant images differ in level alone, and so do the classes."""
     level = torch.tensor([0.5, 1.0, 2.0]).view(3, 1, 1, 1, 1).expand(3, 1, 3, 32, 32)

@@ -11,6 +11,9 @@ from model.config import TaskConfig
 from model.metrics import IGNORE, Calibration, ConfusionMatrix
 from model.tasks.head import Head
 
+RIDGE = 1e-3
+"""Weight of the squares of the probe's weights."""
+
 
 class Classification(Head):
     """A linear layer on the averages of all four stages.
@@ -29,6 +32,38 @@ class Classification(Head):
         """Logits (B, K)."""
         logits: Tensor = self.classify(self.norm(pooled(features)))
         return logits
+
+    @torch.enable_grad()
+    def start_from(self, embeddings: Tensor, classes: Tensor) -> None:
+        """Set the head to a linear probe of the encoder as it is (Kumar et al. 2022).
+
+        A head of random weights sends noise into a pre-trained encoder for its first hundred
+        updates; a regression needs none.
+
+        Args:
+            embeddings: (N, ΣC) of `pooled`.
+            classes: (N,) their classes, all known.
+        """
+        plain = F.layer_norm(embeddings.float(), embeddings.shape[1:], eps=self.norm.eps)
+        spread = plain.std(0, correction=0).clamp(min=1e-4)
+        with torch.no_grad():
+            self.norm.weight.copy_(1 / spread)
+            self.norm.bias.copy_(-plain.mean(0) / spread)
+            self.classify.weight.zero_()
+            self.classify.bias.zero_()
+        standard = (plain - plain.mean(0)) / spread
+        weights = [self.classify.weight, self.classify.bias]
+        newton = torch.optim.LBFGS(weights, max_iter=100, line_search_fn="strong_wolfe")
+
+        def surprise() -> Tensor:
+            newton.zero_grad()
+            loss = F.cross_entropy(self.classify(standard), classes)
+            loss = loss + RIDGE * self.classify.weight.square().sum()
+            loss.backward()
+            return loss
+
+        newton.step(surprise)
+        newton.zero_grad()
 
     def loss(self, output: Tensor, batch: Batch) -> Tensor:
         """Mean cross-entropy of the samples that have a label."""

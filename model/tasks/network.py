@@ -17,6 +17,7 @@ from model.modality import MODALITIES
 from model.router import LayerRouting, balance_loss
 from model.stream import stream_blocks
 from model.tasks import TASKS
+from model.tasks.classification import pooled
 
 
 @dataclass
@@ -122,14 +123,23 @@ class TaskNetwork(nn.Module):
     def answer(self, features: dict[str, Features], batch: Batch) -> object:
         """The head's raw output from the modalities' features."""
         first = batch.images[next(iter(features))]
+        fused = self.fused(features, batch)
+        return self.head(fused, (first.shape[-2], first.shape[-1]))
+
+    def fused(self, features: dict[str, Features], batch: Batch) -> Features:
+        """The maps the head reads: each stage's mean over the modalities that see the place."""
         weights = {m: self.weight(m, batch) for m in features}
         if self.training and self.modality_dropout and len(weights) > 1:
             weights = hide_modalities(weights, self.modality_dropout)
         if self.details:
             features = {m: [*f, self.pixels(m, batch)] for m, f in features.items()}
         kind = next(self.head.parameters()).dtype
-        fused = [stage.to(kind) for stage in fuse(features, weights)]
-        return self.head(fused, (first.shape[-2], first.shape[-1]))
+        return [stage.to(kind) for stage in fuse(features, weights)]
+
+    @torch.no_grad()
+    def embed(self, batch: Batch) -> Tensor:
+        """Averages over space of what the head reads, (B·T, ΣC)."""
+        return pooled(self.fused(self.encode(batch).features, batch))
 
     def pixels(self, modality: str, batch: Batch) -> Tensor:
         """What a modality's pixels say past the encoder, (B·T, detail, H, W)."""

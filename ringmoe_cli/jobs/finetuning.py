@@ -19,7 +19,9 @@ from model.checkpoint import (
 )
 from model.config import TaskConfig
 from model.encoder import RingMoE
+from model.metrics import IGNORE
 from model.normalisation import Normalisation
+from model.tasks.classification import Classification
 from model.tasks.network import TaskNetwork
 from model.train import train
 from ringmoe_cli import console
@@ -31,6 +33,8 @@ from ringmoe_cli.recipe import FinetuneRecipe, model_config, settings
 from ringmoe_cli.scene.bands import WAVELENGTHS
 
 SCORES = "scores.json"
+PROBED = 20_000
+"""Windows that a classifier's first weights are fitted to, at most."""
 FAR = 5.0
 """Data whose mean is so many deviations from the checkpoint's has other units."""
 
@@ -85,6 +89,8 @@ def finetune(request: FinetuneRequest) -> dict[str, Any]:
         task=network.task,
         provenance=facts,
     )
+    if not done:
+        start_head(network, data, request)
     fit(network, data, request, checkpoint, done)
     scores = score(network.eval(), data.held_out.once(batch_size(request)), request.device)
     warn_unseen(scores, network.task.classes)
@@ -209,6 +215,23 @@ def provenance(request: FinetuneRequest) -> dict[str, Any]:
         "init": str(request.init) if request.init else None,
         "recipe": plain(settings(request.recipe)),
     }
+
+
+def start_head(network: TaskNetwork, data: TaskData, request: FinetuneRequest) -> None:
+    """Let a classifier begin as a linear probe of its encoder; other heads stay random."""
+    if not isinstance(network.head, Classification):
+        return
+    network.to(request.device).eval()
+    embeddings: list[torch.Tensor] = []
+    classes: list[torch.Tensor] = []
+    for batch in data.training.once(batch_size(request)):
+        sent = batch.to(request.device)
+        embeddings.append(network.embed(sent))
+        classes.append(sent.targets["classes"])
+        if len(embeddings) * len(classes[0]) >= PROBED:
+            break
+    known = torch.cat(classes) != IGNORE
+    network.head.start_from(torch.cat(embeddings)[known], torch.cat(classes)[known])
 
 
 def fit(

@@ -137,8 +137,10 @@ class LabelledWindows:
         step = start
         while True:
             first = (step * world + rank) * batch_size
-            drawn = [self.draw(seed, n) for n in range(first, first + batch_size)]
-            yield self.batch([p for p, _ in drawn], [k for _, k in drawn])
+            numbers = range(first, first + batch_size)
+            drawn = [self.draw(seed, n) for n in numbers]
+            gains = [drawn_gain(seed, n) for n in numbers]
+            yield self.batch([p for p, _ in drawn], [k for _, k in drawn], gains)
             step += 1
 
     def once(self, batch_size: int) -> Iterator[Batch]:
@@ -178,8 +180,13 @@ class LabelledWindows:
         row, col, height, width = place.window
         return not self.kept_out[place.item][row : row + height, col : col + width].any()
 
-    def batch(self, places: Sequence[Place], turns: Sequence[int] | None = None) -> Batch:
-        """Some windows as one batch, turned by numbers 0..7."""
+    def batch(
+        self,
+        places: Sequence[Place],
+        turns: Sequence[int] | None = None,
+        gains: Sequence[tuple[float, float]] | None = None,
+    ) -> Batch:
+        """Some windows as one batch, turned by numbers 0..7, radar at other gains."""
         read = [self.items[p.item].read(p.window) for p in places]
         modalities = list(self.channels)
         ks = [0] * len(places) if turns is None else list(turns)
@@ -194,6 +201,8 @@ class LabelledWindows:
             self.check_size(m, parts[0][0], places[0])
             images[m] = torch.stack([self.fit(x) for x, _ in parts])
             mask = torch.stack([self.fit(v) for _, v in parts]) > 0.5
+            if gains is not None and m == "sar-l2":
+                images[m] = with_gains(images[m], mask, gains)
             if not mask.all():
                 valid[m] = mask
         labels = [self.items[p.item].label(p.window) for p in places]
@@ -227,6 +236,29 @@ class LabelledWindows:
         return F.interpolate(
             x, (self.size, self.size), mode="bilinear", antialias=True, align_corners=False
         )
+
+
+GAIN, LEVEL = 0.1, 0.3
+"""Deviation of the factor, and of the summand in deviations of the data, that radar is given."""
+
+
+def drawn_gain(seed: int, number: int) -> tuple[float, float]:
+    """Factor and summand of training sample `number`."""
+    factor, level = np.random.default_rng((seed, 2, number)).normal(size=2)
+    return 1 + GAIN * float(factor), LEVEL * float(level)
+
+
+def with_gains(
+    images: torch.Tensor, valid: torch.Tensor, gains: Sequence[tuple[float, float]]
+) -> torch.Tensor:
+    """Radar as another incidence angle or calibration would have measured it; invalid stays 0.
+
+    The level of the clutter around a target tells one collection from another, and a network
+    gladly learns that instead of the target.
+    """
+    factor, level = torch.tensor(gains, dtype=images.dtype).T.view(2, -1, 1, 1, 1, 1)
+    changed: torch.Tensor = (images * factor + level) * valid
+    return changed
 
 
 def described(item: Labelled) -> str:
