@@ -40,7 +40,12 @@ ONLY_IN = {
     "zarr": ("ringmoe_cli/scene/", "ringmoe_cli/cluster.py"),
     "typer": ("ringmoe_cli/app.py", "ringmoe_cli/options.py", "ringmoe_cli/commands/"),
     "rich": ("ringmoe_cli/console.py",),
-    "torch.distributed": ("model/parallel.py", "model/checkpoint.py", "model/state.py"),
+    "torch.distributed": (
+        "model/parallel.py",
+        "model/exchange.py",
+        "model/checkpoint.py",
+        "model/state.py",
+    ),
 }
 
 

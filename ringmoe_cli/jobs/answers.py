@@ -7,6 +7,7 @@ that a resumed or divided run does the same arithmetic as an undisturbed one.
 import time
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
+from functools import partial
 from itertools import groupby
 from typing import Protocol
 
@@ -16,6 +17,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from model.batch import Batch, Prediction
+from ringmoe_cli.jobs.compute import computed
 from ringmoe_cli.jobs.lane import Fetched, Lane
 from ringmoe_cli.scene.maps.product import Rows
 from ringmoe_cli.scene.maps.strips import Normalised, SkipBad, Windows, window_batches
@@ -148,10 +150,13 @@ def forward(
     """
     ask, lane = mirrored if settings.flips else plain, Lane(settings.device)
     waiting: list[tuple[Windows, Fetched | None]] = []
-    for some in batches:
+
+    def answer(batch: Batch) -> Fetched:
         with clock, torch.inference_mode(), lane.precision():
-            answer = Fetched(ask(network, lane.send(some.batch))) if some.batch else None
-        waiting.append((some, answer))
+            return Fetched(ask(network, lane.send(batch)))
+
+    for some in batches:
+        waiting.append((some, computed(partial(answer, some.batch)) if some.batch else None))
         if len(waiting) > lane.behind:
             before, late = waiting.pop(0)
             yield before, late.numpy() if late else None

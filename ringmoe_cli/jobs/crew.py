@@ -17,6 +17,7 @@ from ringmoe_cli.cluster import Engine
 from ringmoe_cli.errors import OutputExistsError, RingmoeError
 from ringmoe_cli.jobs import object_maps
 from ringmoe_cli.jobs.answers import Clock
+from ringmoe_cli.jobs.compute import computed
 from ringmoe_cli.jobs.maps import Mapper, Tally, is_folder, load_mapper
 from ringmoe_cli.jobs.objects import pairs
 from ringmoe_cli.jobs.opening import Wish
@@ -45,10 +46,10 @@ class Order:
 
     def mapper(self) -> Mapper:
         """The model, ready."""
-        return load_mapper(
+        return computed(lambda: load_mapper(
             self.model, self.wish, self.device, self.window, self.overlap, self.batch, self.flips,
             self.streamed, self.compiled,
-        )  # fmt: skip
+        ))  # fmt: skip
 
 
 @dataclass(frozen=True)
