@@ -107,7 +107,10 @@ class Engine:
         from distributed import LocalCluster
 
         return LocalCluster(
-            n_workers=self.workers, threads_per_worker=1, processes=True, dashboard_address=None
+            n_workers=self.workers,
+            threads_per_worker=1,
+            processes=True,
+            dashboard_address="127.0.0.1:0",  # None would still open 8787, which may be taken
         )
 
 
