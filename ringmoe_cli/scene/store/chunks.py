@@ -169,7 +169,7 @@ class ChunkedArray:
 
 
 def codec() -> Any:
-    """How chunks are compressed: see benchmarks/codecs.md for the choice."""
+    """How chunks are compressed: see benchmarks/tiling_codecs.md for the choice."""
     from numcodecs import Blosc, blosc
 
     blosc.use_threads = False  # chunks are the unit of parallel work; and bytes stay the same

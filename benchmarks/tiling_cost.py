@@ -1,6 +1,6 @@
 """Tiling against a serial windowed copy to Zarr with the same codec, in the same run.
 
-    python benchmarks/tiling.py [--side 10980]
+    python benchmarks/tiling_cost.py [--side 10980]
 
 Each contender runs in a process of its own: CPU-seconds, wall seconds and peak memory are the
 operating system's.

@@ -1,6 +1,6 @@
 """Which compressor and chunk size: write speed, random 192-pixel windows, runs of neighbours.
 
-    python benchmarks/codecs.py [scene.tif]
+    python benchmarks/tiling_codecs.py [scene.tif]
 
 Reading is compared with a memory-mapped array of the same values in the same process. CPU-seconds
 only, one thread.

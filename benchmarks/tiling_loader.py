@@ -1,6 +1,6 @@
 """Does the accelerator wait for data? A step that takes 50 ms, batches read by workers meanwhile.
 
-    python benchmarks/loader.py [--workers 2] [--batch 16] [--steps 200]
+    python benchmarks/tiling_loader.py [--workers 2] [--batch 16] [--steps 200]
 
 Four modalities of 4096² pixels, chips of 192 pixels, the paper's mix. The stall is the time
 spent waiting for a batch over the whole time, after the first five batches. The same steps without
