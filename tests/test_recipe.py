@@ -88,7 +88,7 @@ def test_every_field_can_be_set() -> None:
         ("objective.sar_l1_target=powr", "'power', 'power_paper' or 'pixels', not 'powr'"),
         ("train.steps=many", "train.steps: .* not 'many'"),
         ("train.steps=0", "steps is 0; it must be at least 1"),
-        ("train.accumulate=7", "batch_size 64 is not divisible by accumulate 7"),
+        ("train.accumulate=7", "batch_size 20 is not divisible by accumulate 7"),
         ("model.num_heads=[1,2,4,7]", "is not divisible by 7 heads"),
         ("modalities.opt.weight=-1", "weight is -1"),
         ("train", "not key=value"),
