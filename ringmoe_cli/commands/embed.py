@@ -80,6 +80,7 @@ def embed(
     if (pca or quicklook or zarr) and not dense:
         raise typer.BadParameter("--pca, --quicklook and --zarr belong to --dense")
     console.State.quiet = quiet
+    from ringmoe_cli.jobs.compute import computed
     from ringmoe_cli.jobs.embedding import load_embedder
     from ringmoe_cli.jobs.maps import scene_list, work_through
     from ringmoe_cli.jobs.opening import Wish
@@ -90,9 +91,9 @@ def embed(
         bands=tuple(bands.split(",")) if bands else None,
         allow_remote=allow_remote, skip_bad=skip_bad,
     )  # fmt: skip
-    embedder = load_embedder(
+    embedder = computed(lambda: load_embedder(
         Path(model), wish, stage=stage, device=device, window=window, overlap=overlap, batch=batch
-    )
+    ))  # fmt: skip
 
     def work(path: str) -> dict[str, object]:
         if not dense:

@@ -187,9 +187,14 @@ def mirrored(network: Network, batch: Batch) -> Tensor:
     return torch.stack(answers).mean(0)
 
 
-def sent(batch: Batch, device: str) -> Batch:
-    """The batch on its device."""
-    return Lane(device).send(batch)
+def answered(network: Network, batch: Batch, device: str) -> Prediction:
+    """The network's answer to one batch, from the thread that computes."""
+
+    def ask() -> Prediction:
+        with torch.inference_mode():
+            return network.predict(batch.to(device))
+
+    return computed(ask)
 
 
 class Clock:

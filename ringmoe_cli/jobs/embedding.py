@@ -2,6 +2,7 @@
 
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,7 @@ from model.encoder import RingMoE
 from ringmoe_cli import console
 from ringmoe_cli.errors import CheckpointError, RingmoeError
 from ringmoe_cli.jobs.answers import Settings, lattice_of
+from ringmoe_cli.jobs.compute import computed
 from ringmoe_cli.jobs.maps import check_free, output_path
 from ringmoe_cli.jobs.opening import Opener, Wish, about_scenes
 from ringmoe_cli.jobs.prediction import Job, Report, predict_scene
@@ -190,7 +192,8 @@ class Embedder:
             )
             batch = next((w.batch for w in some if w.batch is not None), None)
             if batch is not None:
-                found.append(tokens(network, batch.to(self.settings.device)))
+                there = batch.to(self.settings.device)
+                found.append(computed(partial(tokens, network, there)))
         if not found:
             raise RingmoeError("the scene has no valid pixel; it has no features either")
         return torch.cat(found)

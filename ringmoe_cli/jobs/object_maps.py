@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
 
 from model.association import track
 from model.boxes import Boxes
@@ -16,7 +15,7 @@ from model.config import TaskConfig
 from model.tasks.network import TaskNetwork
 from ringmoe_cli import console
 from ringmoe_cli.errors import RingmoeError
-from ringmoe_cli.jobs.answers import Settings, lattice_of, sent
+from ringmoe_cli.jobs.answers import Settings, answered, lattice_of
 from ringmoe_cli.jobs.maps import Mapper, check_free, output_path
 from ringmoe_cli.jobs.objects import (
     OVERLAP,
@@ -271,8 +270,7 @@ def write_scene_tiles(
             advance(len(some.places))
             if some.batch is None:
                 continue
-            with torch.inference_mode():
-                answer = network.predict(sent(some.batch, settings.device)).scores
+            answer = answered(network, some.batch, settings.device).scores
             assert answer is not None
             scores.append(answer.float().cpu().numpy())
             places = [some.places[i] for i in some.full]

@@ -20,7 +20,7 @@ from model.tasks.head import Metric
 from model.tasks.network import TaskNetwork
 from model.tasks.tracking import ClipScores
 from ringmoe_cli import console
-from ringmoe_cli.jobs.answers import Settings, lattice_of, sent
+from ringmoe_cli.jobs.answers import Settings, answered, lattice_of
 from ringmoe_cli.jobs.opening import SURE
 from ringmoe_cli.jobs.taskdata import Windows
 from ringmoe_cli.scene.grid import Window
@@ -79,8 +79,7 @@ def parts_of_scene(
     for some in window_batches(source, lattice, settings.batch, first, stop, skip or SkipBad()):
         if some.batch is None:
             continue
-        with torch.inference_mode():
-            boxes = network.predict(sent(some.batch, settings.device)).boxes
+        boxes = answered(network, some.batch, settings.device).boxes
         assert boxes is not None
         for n, index in enumerate(some.full):
             for t in range(dates):
