@@ -98,7 +98,7 @@ def driver_of(path: Path, *, allow_remote: bool = False) -> str:
     if envi_header(path):
         return "ENVI"
     what = "is empty" if not head else "is not a raster that can be read"
-    raise SceneError(f"{path} {what} (GeoTIFF, JP2, VRT, ENVI, NITF, ERDAS, PNG, JPEG are)")
+    raise SceneError(f"{path} {what}; give a GeoTIFF, JP2, VRT, ENVI, NITF, ERDAS, PNG or JPEG")
 
 
 def first_bytes(path: Path, count: int = 1024) -> bytes:
