@@ -214,9 +214,10 @@ class WindowAttention(nn.Module):
             return self.build_bias(grid, valid)
         weights = tuple(self.position.parameters())
         key = (grid, dtype, *map(state_of, weights))
-        if self.kept_bias is None or self.kept_bias[0] != key:
-            self.kept_bias = (key, weights, self.build_bias(grid, None).to(dtype))
-        return self.kept_bias[2]
+        kept = self.kept_bias  # other threads may replace it meanwhile
+        if kept is None or kept[0] != key:
+            kept = self.kept_bias = (key, weights, self.build_bias(grid, None).to(dtype))
+        return kept[2]
 
     def build_bias(self, grid: WindowGrid, valid: Tensor | None) -> Tensor:
         """The bias of this grid, with its mask where tokens must not meet."""

@@ -17,7 +17,6 @@ from ringmoe_cli.jobs.opening import Wish
 def test_on_a_cpu_nothing_is_copied_or_rounded():
     lane, batch = Lane("cpu"), Batch(images={"ms": torch.ones(1, 1, 4, 8, 8)})
     assert lane.send(batch) is batch
-    assert lane.behind == 0
     dense = torch.randn(2, 3, 4, 4)
     with lane.precision():
         assert (dense @ dense).dtype == torch.float32
@@ -25,6 +24,8 @@ def test_on_a_cpu_nothing_is_copied_or_rounded():
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(1800)
+@pytest.mark.filterwarnings("ignore")  # the compiler has many of its own
 def test_a_compiled_model_makes_the_same_map(model, tmp_path):
     path = write_scene(tmp_path / "s.tif", 64, 64, hole=False)
     maps = []

@@ -4,10 +4,8 @@ Everything that decides the bits is counted from the scene's origin (windows, ba
 that a resumed or divided run does the same arithmetic as an undisturbed one.
 """
 
-import time
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
-from functools import partial
 from itertools import groupby
 from typing import Protocol
 
@@ -17,7 +15,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from model.batch import Batch, Prediction
-from ringmoe_cli.jobs.compute import computed
+from ringmoe_cli.jobs.compute import in_order
 from ringmoe_cli.jobs.lane import Fetched, Lane
 from ringmoe_cli.scene.maps.product import Rows
 from ringmoe_cli.scene.maps.strips import Normalised, SkipBad, Windows, window_batches
@@ -78,7 +76,6 @@ def predict_rows(
     first: int = 0,
     stop: int | None = None,
     skip: SkipBad | None = None,
-    clock: "Clock | None" = None,
 ) -> Iterator[Rows]:
     """Blended rows of a scene, in order, while windows further down are read and computed.
 
@@ -92,13 +89,11 @@ def predict_rows(
         first: first row of windows to finish.
         stop: one past the last; None means all.
         skip: what to do about unreadable blocks.
-        clock: counts the time in the network.
     """
     lattice = lattice_of(source, settings)
     stop = lattice.rows if stop is None else stop
-    skip, clock = skip or SkipBad(), clock or Clock()
-    windows = window_batches(source, lattice, settings.batch, first, stop, skip)
-    answers = ahead(forward(network, ahead(windows, 1), settings, clock), 1)
+    windows = window_batches(source, lattice, settings.batch, first, stop, skip or SkipBad())
+    answers = ahead(forward(network, ahead(windows, 1), settings), 1)
     stitcher = Stitcher(lattice.shrunk(settings.cell), channels, first)
     for some, dense in answers:
         yield from blend(stitcher, some, dense, settings.cell)
@@ -141,7 +136,7 @@ def any_in_cells(valid: NDArray[np.bool_], cell: int) -> NDArray[np.bool_]:
 
 
 def forward(
-    network: Network, batches: Iterable[Windows], settings: Settings, clock: "Clock"
+    network: Network, batches: Iterable[Windows], settings: Settings
 ) -> Iterator[tuple[Windows, NDArray[np.float32] | None]]:
     """Answers (b, K, window, window) to the full windows of each batch.
 
@@ -149,19 +144,15 @@ def forward(
     autocast allows.
     """
     ask, lane = mirrored if settings.flips else plain, Lane(settings.device)
-    waiting: list[tuple[Windows, Fetched | None]] = []
 
-    def answer(batch: Batch) -> Fetched:
-        with clock, torch.inference_mode(), lane.precision():
-            return Fetched(ask(network, lane.send(batch)))
+    def answer(some: Windows) -> Fetched | None:
+        if some.batch is None:
+            return None
+        with torch.inference_mode(), lane.precision():
+            return Fetched(ask(network, lane.send(some.batch)))
 
-    for some in batches:
-        waiting.append((some, computed(partial(answer, some.batch)) if some.batch else None))
-        if len(waiting) > lane.behind:
-            before, late = waiting.pop(0)
-            yield before, late.numpy() if late else None
-    for before, late in waiting:
-        yield before, late.numpy() if late else None
+    for some, late in in_order(answer, batches):
+        yield some, late.numpy() if late else None
 
 
 def plain(network: Network, batch: Batch) -> Tensor:
@@ -187,24 +178,17 @@ def mirrored(network: Network, batch: Batch) -> Tensor:
     return torch.stack(answers).mean(0)
 
 
-def answered(network: Network, batch: Batch, device: str) -> Prediction:
-    """The network's answer to one batch, from the thread that computes."""
+def answered(
+    network: Network, batches: Iterable[Windows], device: str
+) -> Iterator[tuple[Windows, Prediction]]:
+    """Batches with a full window, and what the network says about these."""
 
-    def ask() -> Prediction:
+    def ask(some: Windows) -> Prediction | None:
+        if some.batch is None:
+            return None
         with torch.inference_mode():
-            return network.predict(batch.to(device))
+            return network.predict(some.batch.to(device))
 
-    return computed(ask)
-
-
-class Clock:
-    """Adds up the time spent inside `with`."""
-
-    def __init__(self) -> None:
-        self.seconds = 0.0
-
-    def __enter__(self) -> None:
-        self.start = time.perf_counter()
-
-    def __exit__(self, *_: object) -> None:
-        self.seconds += time.perf_counter() - self.start
+    for some, answer in in_order(ask, batches):
+        if answer is not None:
+            yield some, answer

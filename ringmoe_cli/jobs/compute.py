@@ -1,20 +1,84 @@
-"""The one thread that does the networks' arithmetic.
+"""The threads that do the networks' arithmetic, side by side, each on its share of the cores.
+
+Two batches at once, each on half of the cores, are done in four fifths of the time of one after the
+other on all: operators are short, and cores that share one wait for each other at its end, above
+all where reading and writing takes one of them away for a moment.
 
 OpenMP gives every thread that asks for it helpers of its own, and once there are more of them than
 cores none waits awake for the next piece of work any more: a forward pass beside a main thread that
 has computed anything takes twice as long. So whatever computes, loading included, comes here.
 """
 
-from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from functools import cache
 from typing import TypeVar
 
+A = TypeVar("A")
 T = TypeVar("T")
 
-THREAD = ThreadPoolExecutor(1, "network")
-"""Started when first used; its process ends it."""
+LANES = 2
+"""Batches at once; each costs the memory of its activations."""
+
+
+@cache
+def cores() -> int:
+    """Threads that PyTorch would use; asked before they are shared out."""
+    import torch
+
+    return torch.get_num_threads()
+
+
+class Lanes:
+    """The threads of this process; its end ends them."""
+
+    count = 0
+    pool: ThreadPoolExecutor
+
+    @classmethod
+    def open(cls, most: int) -> None:
+        """Share the cores among at most so many threads from now on."""
+        import torch
+
+        count = min(most, cores())
+        if count == cls.count:
+            return
+        if cls.count:
+            cls.pool.shutdown()
+        share = cores() // count
+        cls.pool = ThreadPoolExecutor(count, "network", torch.set_num_threads, (share,))
+        cls.count = count
+
+    @classmethod
+    def submit(cls, work: Callable[[], T]) -> Future[T]:
+        """Work for the next free thread."""
+        if not cls.count:
+            cls.open(LANES)
+        return cls.pool.submit(work)
 
 
 def computed(work: Callable[[], T]) -> T:
-    """What some work gives, done in the computing thread; its exceptions are raised here."""
-    return THREAD.submit(work).result()
+    """What some work gives, done in a computing thread; its exceptions are raised here."""
+    return Lanes.submit(work).result()
+
+
+def in_order(work: Callable[[A], T], items: Iterable[A]) -> Iterator[tuple[A, T]]:
+    """Every item and what the work makes of it, in the items' order, computed side by side."""
+    running: deque[tuple[A, Future[T]]] = deque()
+    try:
+        for item in items:
+            running.append((item, Lanes.submit(lambda item=item: work(item))))  # type: ignore[misc]
+            if len(running) > Lanes.count:  # one waits, so that no thread does
+                yield next_of(running)
+        while running:
+            yield next_of(running)
+    finally:
+        for _, future in running:
+            future.cancel()
+
+
+def next_of(running: deque[tuple[A, Future[T]]]) -> tuple[A, T]:
+    """The oldest item and its result, not kept here."""
+    item, future = running.popleft()
+    return item, future.result()

@@ -16,11 +16,11 @@ from ringmoe_cli import console
 from ringmoe_cli.cluster import Engine
 from ringmoe_cli.errors import OutputExistsError, RingmoeError
 from ringmoe_cli.jobs import object_maps
-from ringmoe_cli.jobs.answers import Clock
-from ringmoe_cli.jobs.compute import computed
+from ringmoe_cli.jobs.compute import LANES, Lanes, computed
 from ringmoe_cli.jobs.maps import Mapper, Tally, is_folder, load_mapper
 from ringmoe_cli.jobs.objects import pairs
 from ringmoe_cli.jobs.opening import Wish
+from ringmoe_cli.machine import chosen_device
 from ringmoe_cli.scene.maps.part import save_band
 from ringmoe_cli.scene.maps.strips import SkipBad
 
@@ -45,7 +45,9 @@ class Order:
     compiled: bool = False
 
     def mapper(self) -> Mapper:
-        """The model, ready."""
+        """The model, ready. Only one that is whole in main memory answers batches side by side."""
+        alone = self.streamed or self.compiled or chosen_device(self.device) != "cpu"
+        Lanes.open(1 if alone else LANES)
         return computed(lambda: load_mapper(
             self.model, self.wish, self.device, self.window, self.overlap, self.batch, self.flips,
             self.streamed, self.compiled,
@@ -145,7 +147,7 @@ def compute_run(run: Run) -> list[str]:
     """Save the bands of a run; returns the unreadable places left out. May be repeated."""
     job = Kept.mapper(run.order).job(run.scene)
     skip = SkipBad(job.skip_bad)
-    for row, band in job.encoded(run.first, run.stop, skip, Clock()):
+    for row, band in job.encoded(run.first, run.stop, skip):
         save_band(run.folder, row, band)
     job.close()
     return skip.skipped

@@ -41,11 +41,6 @@ class Lane:
         self.device = device
         self.stream = torch.cuda.Stream(device) if device.startswith("cuda") else None
 
-    @property
-    def behind(self) -> int:
-        """Answers that may wait while the next one is computed."""
-        return int(self.stream is not None)
-
     def send(self, batch: Batch) -> Batch:
         """The batch on the device; what is computed next there may use it."""
         if self.stream is None:

@@ -266,13 +266,11 @@ def write_scene_tiles(
     scores = []
     side = lattice.window
     with console.progress(lattice.rows * lattice.columns, "classify", "tiles") as advance:
-        for some in window_batches(fitted, lattice, settings.batch, 0, lattice.rows, SkipBad()):
+        batches = window_batches(fitted, lattice, settings.batch, 0, lattice.rows, SkipBad())
+        for some, answer in answered(network, batches, settings.device):
             advance(len(some.places))
-            if some.batch is None:
-                continue
-            answer = answered(network, some.batch, settings.device).scores
-            assert answer is not None
-            scores.append(answer.float().cpu().numpy())
+            assert answer.scores is not None
+            scores.append(answer.scores.float().cpu().numpy())
             places = [some.places[i] for i in some.full]
             windows += [Window(r * side, c * side, side, side) for r, c in places]
     classes = network.task.classes

@@ -76,10 +76,9 @@ def parts_of_scene(
     lattice, dates = lattice_of(source, settings), len(source.dates)
     found: list[list[Boxes]] = [[] for _ in range(dates)]
     first, stop = rows or (0, lattice.rows)
-    for some in window_batches(source, lattice, settings.batch, first, stop, skip or SkipBad()):
-        if some.batch is None:
-            continue
-        boxes = answered(network, some.batch, settings.device).boxes
+    windows = window_batches(source, lattice, settings.batch, first, stop, skip or SkipBad())
+    for some, answer in answered(network, windows, settings.device):
+        boxes = answer.boxes
         assert boxes is not None
         for n, index in enumerate(some.full):
             for t in range(dates):

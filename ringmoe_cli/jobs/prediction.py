@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from ringmoe_cli import console
-from ringmoe_cli.jobs.answers import Clock, Network, Settings, lattice_of, predict_rows
+from ringmoe_cli.jobs.answers import Network, Settings, lattice_of, predict_rows
 from ringmoe_cli.scene.grid import Grid, Window
 from ringmoe_cli.scene.maps.part import Part
 from ringmoe_cli.scene.maps.product import Encoded, Product, Rows
@@ -40,8 +40,6 @@ class Report:
     """Unreadable places left out."""
     seconds: float = 0.0
     """Time of this run."""
-    forward_seconds: float = 0.0
-    """Of it, inside the network (other work goes on beside it)."""
     resumed_rows: int = 0
     """Rows that an earlier run had finished."""
 
@@ -74,7 +72,7 @@ class Job:
         lattice = lattice_of(self.source, self.settings).shrunk(self.settings.cell)
         return Bands(lattice, cells_of(self.own.grid, self.settings.cell))
 
-    def rows(self, first: int, stop: int, skip: SkipBad, clock: Clock) -> Iterator[Rows]:
+    def rows(self, first: int, stop: int, skip: SkipBad) -> Iterator[Rows]:
         """Rows of the map that rows of windows first..stop-1 complete, valid where the scene is."""
         if first >= stop:
             return
@@ -87,7 +85,6 @@ class Job:
             begin,
             stop,
             skip,
-            clock,
         )
         if self.bands.same:
             yield from rows
@@ -96,11 +93,9 @@ class Job:
             window = Window(some.start, 0, some.dense.shape[1], self.own.grid.width)
             yield replace(some, valid=skip.read(self.own, window).seen)
 
-    def encoded(
-        self, first: int, stop: int, skip: SkipBad, clock: Clock
-    ) -> Iterator[tuple[int, Encoded]]:
+    def encoded(self, first: int, stop: int, skip: SkipBad) -> Iterator[tuple[int, Encoded]]:
         """First row of each band, and the band as it is stored; lets go of the rows at once."""
-        for rows in self.rows(first, stop, skip, clock):
+        for rows in self.rows(first, stop, skip):
             start, band = rows.start, self.product.encode(rows)
             del rows
             yield start, band
@@ -143,21 +138,20 @@ def predict_scene(
     """
     start = time.perf_counter()
     bands, rows = job.bands, job.bands.lattice.rows
-    report, skip, clock = Report(dict(outputs)), SkipBad(job.skip_bad), Clock()
+    report, skip = Report(dict(outputs)), SkipBad(job.skip_bad)
     identity = {**(about or {}), "settings": asdict(job.settings), "layers": sorted(outputs)}
     with Part(next(iter(outputs.values())), identity) as part:
         if crew:
             skip.skipped += by_others(crew, part, bands)
         done = rows if crew else finished_rows(part, bands)
         report.resumed_rows = bands.of(done - 1)[1] if done and not crew else 0
-        whole = saved(part, bands, done, job.encoded(done, rows, skip, clock))
+        whole = saved(part, bands, done, job.encoded(done, rows, skip))
         with maps(outputs, job.product, bands.grid, part.folder, options, warp) as writers:
             for row, band in watched(whole, bands.lattice, done):
                 write_band(writers, report, row, band)
         if finish:
             finish(report)
-    report.skipped, report.forward_seconds = skip.skipped, clock.seconds
-    report.seconds = time.perf_counter() - start
+    report.skipped, report.seconds = skip.skipped, time.perf_counter() - start
     return report
 
 
