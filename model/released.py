@@ -46,8 +46,9 @@ def is_released(weights: Weights) -> bool:
 
 
 def prefix_of(weights: Weights) -> str:
-    """What stands before every name of the encoder."""
-    return next(n for n in weights.specs if n.endswith(ANCHOR)).removesuffix(ANCHOR)
+    """What stands before every name of the encoder; moments of an optimiser have more before."""
+    anchors = [name for name in weights.specs if name.endswith(ANCHOR)]
+    return min(anchors, key=len).removesuffix(ANCHOR)
 
 
 def recipe(name: str, names: set[str]) -> Recipe:

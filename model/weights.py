@@ -1,4 +1,4 @@
-"""Weight files of other programs, tensor by tensor: .safetensors (one or sharded) and .npz.
+"""Weight files of other programs, tensor by tensor: .safetensors (one or sharded), .npz, .ckpt.
 
 Files that can hold code (.pth, .pt, .bin, .pkl) are not read.
 """
@@ -13,6 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from model.ckpt import CkptWeights
 from model.shards import NAMES, Entry, Files, Spec, read_header
 
 NPY = ".npy"
@@ -42,10 +43,18 @@ def open_weights(path: Path) -> Weights:
         return SafetensorsWeights([path])
     if path.suffix == ".npz":
         return NpzWeights(path)
+    if path.suffix == ".ckpt" and not is_torch(path):
+        return CkptWeights(path)
     raise ValueError(
-        f"{path.name}: only .safetensors and .npz are read; {path.suffix or 'other'} files can "
+        f"{path.name}: only .safetensors, .npz and MindSpore's .ckpt are read; other files can "
         "hold code. Save the same names and arrays with safetensors or numpy.savez"
     )
+
+
+def is_torch(path: Path) -> bool:
+    """Whether a .ckpt is PyTorch's instead: a zip archive or a pickle."""
+    with path.open("rb") as file:
+        return file.read(4).startswith((b"PK", b"\x80"))
 
 
 def safetensors_of(folder: Path) -> list[Path]:

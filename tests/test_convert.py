@@ -5,6 +5,7 @@ import json
 import numpy as np
 import pytest
 import torch
+from ckpt_files import write_ckpt
 from safetensors.torch import save_file
 from typer.testing import CliRunner
 
@@ -98,7 +99,8 @@ def released_names(net: RingMoE) -> dict[str, np.ndarray]:  # noqa: C901
     return out
 
 
-def test_a_released_mixture_comes_back(tmp_path):
+@pytest.mark.parametrize("kind", ["npz", "ckpt"])
+def test_a_released_mixture_comes_back(tmp_path, kind):
     torch.manual_seed(0)
     config = ModelConfig(
         embed_dim=8, depths=(1, 2), num_heads=(1, 2), image_size=32, window=4, specialised=2,
@@ -114,8 +116,11 @@ def test_a_released_mixture_comes_back(tmp_path):
     for i in (0, 1, 3):
         arrays[f"decoder_{i}.weight"] = np.full((5, 16, 1, 1), i, np.float32)
         arrays[f"decoder_{i}.bias"] = np.zeros(5, np.float32)
-    np.savez(tmp_path / "w.npz", **{f"backbone.{k}": v for k, v in arrays.items()})
-    again = converted(tmp_path / "w.npz", "-o", tmp_path / "out")
+    save = {"npz": lambda path, named: np.savez(path, **named), "ckpt": write_ckpt}[kind]
+    path = tmp_path / f"w.{kind}"
+    moments = {"adam_m.backbone.layers.0.blocks.0.norm1.gamma": np.zeros(8, np.float32)}
+    save(path, {**moments, **{f"backbone.{k}": v for k, v in arrays.items()}})
+    again = converted(path, "-o", tmp_path / "out")
     assert dict(again.config.channels) == dict(config.channels)
     for name, tensor in net.state_dict().items():
         assert torch.equal(again.state_dict()[name], tensor), name
@@ -123,8 +128,8 @@ def test_a_released_mixture_comes_back(tmp_path):
     assert about.kind == "pretraining"
     assert {"decoders.ms.weight", "mask_token"} < set(weight_map(tmp_path / "out"))
     del arrays["layers.1.blocks.1.mlp.cross_ffn.mapping.bias"]
-    np.savez(tmp_path / "w.npz", **arrays)
-    result = run(tmp_path / "w.npz", "-o", tmp_path / "less")
+    save(path, arrays)
+    result = run(path, "-o", tmp_path / "less")
     assert "has no layers.1.blocks.1.mlp.cross_ffn.mapping.bias" in str(result.exception)
     assert not (tmp_path / "less").exists()
 

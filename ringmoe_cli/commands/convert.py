@@ -12,7 +12,10 @@ from ringmoe_cli.options import Json, Output, Overwrite
 def convert(
     weights: Annotated[
         Path | None,
-        typer.Argument(help=".safetensors, .npz, or a Hugging Face folder.", show_default=False),
+        typer.Argument(
+            help=".safetensors, .npz, MindSpore's .ckpt, or a Hugging Face folder.",
+            show_default=False,
+        ),
     ] = None,
     random: Annotated[
         str | None, typer.Option(help="No weights but seeded random ones of this preset.")
@@ -38,7 +41,7 @@ def convert(
     start as its FFN: the features stay the same, and training lets the experts part.
 
     Examples:
-        ringmoe convert released.npz -o ringmoe
+        ringmoe convert released.ckpt -o ringmoe
 
         ringmoe convert swinv2-tiny/ --modality opt=3,ms=4 -o upcycled
 
