@@ -55,11 +55,13 @@ class ExpertParallel:
         rows_N, gate_N, sent = self.by_rank(plans)
         received = self.exchange_counts(sent)
         send, receive = sent.sum((1, 2)).tolist(), received.sum((1, 2)).tolist()
-        there_RD = Exchange.apply(x_TD[rows_N], receive, send, self.group)  # type: ignore[no-untyped-call]
+        outward, homeward = Way(receive, send, self.group), Way(send, receive, self.group)
+        there_RD = travel(x_TD[rows_N], outward)
         done_RD = run_locally(there_RD, self.held_jobs(received, there_RD))
-        back_ND = Exchange.apply(done_RD, send, receive, self.group)  # type: ignore[no-untyped-call]
-        shared = [job for job in jobs if job.assignment is None]
+        leaving_ND = Depart.apply(done_RD, homeward)  # type: ignore[no-untyped-call]
+        shared = [job for job in jobs if job.assignment is None]  # while the others travel
         y_TD = run_locally(x_TD, shared) if shared else torch.zeros_like(x_TD)
+        back_ND = Arrive.apply(leaving_ND, homeward)  # type: ignore[no-untyped-call]
         return y_TD.index_add(0, rows_N, back_ND * gate_N.to(back_ND.dtype)[:, None])
 
     def by_rank(self, plans: list[Assignment]) -> tuple[Tensor, Tensor, Tensor]:
@@ -100,23 +102,68 @@ class ExpertParallel:
         ]
 
 
-class Exchange(torch.autograd.Function):
-    """Rows to other ranks and rows from them; the gradient takes the way back."""
+class Way:
+    """Rows to other ranks and rows from them; gradients take the way back.
 
-    @staticmethod
-    def forward(
-        ctx: Any, x: Tensor, receive: list[int], send: list[int], group: dist.ProcessGroup
-    ) -> Tensor:
-        """(sum(send), D) -> (sum(receive), D)."""
-        ctx.splits = (receive, send, group)
-        out = x.new_empty(sum(receive), *x.shape[1:])
-        dist.all_to_all_single(out, x.contiguous(), receive, send, group=group)
+    What departs is not there before the arrival: its memory may be read only then.
+    """
+
+    def __init__(self, receive: list[int], send: list[int], group: dist.ProcessGroup) -> None:
+        self.receive, self.send, self.group = receive, send, group
+        self.journey: Any = None
+        self.luggage: tuple[Tensor, Tensor] | None = None
+
+    def depart(self, x: Tensor, receive: list[int], send: list[int]) -> Tensor:
+        """(sum(send), D) -> (sum(receive), D), not yet filled."""
+        x, out = x.contiguous(), x.new_empty(sum(receive), *x.shape[1:])
+        self.luggage = x, out  # both must live as long as the journey
+        self.journey = dist.all_to_all_single(
+            out, x, receive, send, group=self.group, async_op=True
+        )
         return out
 
+    def arrive(self) -> Tensor:
+        """Wait for the rows."""
+        assert self.luggage is not None
+        self.journey.wait()
+        out = self.luggage[1]
+        self.journey = self.luggage = None
+        return out
+
+
+class Depart(torch.autograd.Function):
+    """Sends rows; in the backward pass waits for their gradients."""
+
     @staticmethod
-    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor, None, None, None]:
-        """(sum(receive), D) -> (sum(send), D)."""
-        receive, send, group = ctx.splits
-        dx = dy.new_empty(sum(send), *dy.shape[1:])
-        dist.all_to_all_single(dx, dy.contiguous(), send, receive, group=group)
-        return dx, None, None, None
+    def forward(ctx: Any, x: Tensor, way: Way) -> Tensor:
+        """(sum(send), D) -> (sum(receive), D), on the way."""
+        ctx.way = way
+        return way.depart(x, way.receive, way.send)
+
+    @staticmethod
+    def backward(ctx: Any, _: Tensor) -> tuple[Tensor, None]:
+        """The gradients that `Arrive.backward` sent."""
+        return ctx.way.arrive(), None
+
+
+class Arrive(torch.autograd.Function):
+    """Waits for rows; in the backward pass sends their gradients."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, way: Way) -> Tensor:
+        """What `Depart` gave, now filled."""
+        ctx.way = way
+        way.arrive()
+        return x.view_as(x)
+
+    @staticmethod
+    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor, None]:
+        """(sum(receive), D) on their way to (sum(send), D), which `Depart.backward` returns."""
+        ctx.way.depart(dy, ctx.way.send, ctx.way.receive)
+        return dy, None
+
+
+def travel(x: Tensor, way: Way) -> Tensor:
+    """(sum(send), D) -> (sum(receive), D)."""
+    arrived: Tensor = Arrive.apply(Depart.apply(x, way), way)  # type: ignore[no-untyped-call]
+    return arrived

@@ -25,15 +25,18 @@ def adamw(
     Frozen parameters are left out. Each group carries `rate`, the factor of its learning rate,
     by parameter name.
     """
-    groups: dict[tuple[float, bool], list[nn.Parameter]] = {}
+    groups: dict[tuple[float, bool, bool], list[nn.Parameter]] = {}
     for name, parameter in network.named_parameters():
         if parameter.requires_grad:
-            key = (rate(name), decays(name, parameter))
+            whole = type(parameter) is nn.Parameter  # one call cannot have shards as well
+            key = (rate(name), decays(name, parameter), whole)
             groups.setdefault(key, []).append(parameter)
     return AdamW(
         [
             {"params": members, "weight_decay": weight_decay * decay, "rate": factor}
-            for (factor, decay), members in sorted(groups.items(), key=lambda g: g[0], reverse=True)
+            for (factor, decay, _), members in sorted(
+                groups.items(), key=lambda g: g[0], reverse=True
+            )
         ],
         lr=lr,
         betas=(0.9, 0.999),

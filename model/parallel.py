@@ -2,7 +2,8 @@
 
 The network is written for one device and does not know. `distribute` shards every block over all
 ranks, splits routed experts over `ep` neighbouring ranks, and replaces each layer's dispatch by one
-that carries tokens to their experts and back (all-to-all). Losses are normalised globally, so that
+that carries tokens to their experts and back (all-to-all). On CPUs, where every expert lives on one
+rank, the rest stands whole on all of them (`Replicas`). Losses are normalised globally, so that
 gradients are sums over ranks: no divisor anywhere.
 """
 
@@ -27,6 +28,7 @@ from model.encoder import Block
 from model.exchange import ExpertParallel, nothing_for
 from model.experts import ExpertBank, Job, RMoE, run_locally
 from model.pretrain import MaskedImageModel
+from model.replicas import Replicas
 from model.router import BranchRouting, LayerRouting, Router
 from model.start import Source, blocks_of, fill_part
 
@@ -100,6 +102,7 @@ def distribute(
     ep: int = 1,
     precision: str = "fp32",
     source: Source | None = None,
+    replicate: bool | None = None,
 ) -> None:
     """Shard a network over all processes; its `loss` then gives this rank's share of the loss.
 
@@ -110,13 +113,18 @@ def distribute(
         precision: "bf16" gathers weights in bfloat16; gradients are summed in fp32.
         source: weights of a network on the meta device, equal on every rank; each part is sharded
             as soon as it is there, so that a rank never holds more than its shard and one part.
+        replicate: keep all but the routed experts whole on every rank, which needs more memory and
+            no copies into and out of shards; None: on CPUs, if `ep` is the number of ranks.
 
     Raises:
-        ValueError: if `ep` divides neither ranks nor experts.
+        ValueError: if `ep` divides neither ranks nor experts, or replicas hold the same experts.
     """
     world = dist.get_world_size()
     check_ep(network, world, ep)
     shape, kind = (world // ep, ep), torch.device(device).type
+    if replicate and ep < world:
+        raise ValueError(f"ep {ep} leaves several ranks the same experts: shard them")
+    whole = ep == world and kind == "cpu" if replicate is None else replicate
     mesh = init_device_mesh(kind, shape, mesh_dim_names=("dp", "ep"))
     everyone = mesh[("dp", "ep")]._flatten("everyone")
     policy = MixedPrecisionPolicy(cast_forward_inputs=False)
@@ -132,12 +140,19 @@ def distribute(
         if mesh["dp"].size() == 1:  # each expert lives on one rank: nothing to gather or to reduce
             alone |= split
             split = set()
-        shard(block, everyone, mesh["dp"], split, policy, alone)
+        if whole:
+            Replicas([p for p in block.parameters() if p not in alone])
+        else:
+            shard(block, everyone, mesh["dp"], split, policy, alone)
     if source is not None:
         fill_part(network, source(""))
     network.to(device)
     network.register_forward_hook(touch_absent)
-    shard(network, everyone, mesh["dp"], set(), policy, alone)
+    if whole:
+        inside = {p for _, block in blocks_of(network) for p in block.parameters()}
+        Replicas([p for p in network.parameters() if p not in inside])
+    else:
+        shard(network, everyone, mesh["dp"], set(), policy, alone)
     network.total = total
 
 
@@ -246,17 +261,17 @@ def whole_batch(block: Block, inputs: Any, output: Any) -> Any:
     whole batch, and each rank's loss is its own share of the sum.
     """
     x, routing = output
+    known = dict(routers(block.moe))
+    absent = [router.weight for name, router in known.items() if name not in routing.branches]
+    here = {n: routing.branches.get(n) or no_routing(router, x) for n, router in known.items()}
+    numbers = [b.counts_E.new_tensor([b.tokens, b.dropped]) for b in here.values()]
+    pairs = zip(here.values(), numbers, strict=True)
+    counted = total(torch.cat([t for branch, pair in pairs for t in (pair, branch.counts_E)]))
     branches: dict[str, BranchRouting] = {}
-    absent: list[Tensor] = []
-    for name, router in routers(block.moe):
-        branch = routing.branches.get(name)
-        if branch is None:
-            absent.append(router.weight)
-            branch = no_routing(router, x)
-        numbers = branch.counts_E.new_tensor([branch.tokens, branch.dropped])
-        counted = total(torch.cat([branch.counts_E, numbers]))
-        tokens, dropped = counted[-2:].tolist()
-        branches[name] = BranchRouting(counted[:-2], branch.probability_E, tokens, dropped)
+    sizes = [2 + len(branch.counts_E) for branch in here.values()]
+    for (name, branch), part in zip(here.items(), counted.split(sizes), strict=True):
+        tokens, dropped = part[:2].tolist()
+        branches[name] = BranchRouting(part[2:], branch.probability_E, tokens, dropped)
     return (Touch.apply(x, *absent) if absent else x), LayerRouting(branches)  # type: ignore[no-untyped-call]
 
 
@@ -291,11 +306,15 @@ def touch_absent(network: MaskedImageModel, inputs: Any, output: Any) -> Any:
 def clip_grad_norm(parameters: Iterable[nn.Parameter], limit: float) -> Tensor:
     """Scale gradients to a norm of at most `limit` and return the norm before.
 
-    Every element of every gradient lives on exactly one rank, whatever its mesh: squares add up.
+    Every element of a sharded gradient lives on exactly one rank, whatever its mesh: squares add
+    up. A whole gradient is the same on all ranks and counts once.
     """
-    gradients = [cast(DTensor, p.grad).to_local() for p in parameters if p.grad is not None]
+    given = [p.grad for p in parameters if p.grad is not None]
+    gradients = [g.to_local() if isinstance(g, DTensor) else g for g in given]
     norms = torch.stack(torch._foreach_norm(gradients)) if gradients else torch.zeros(1)
-    norm = total(norms.square().sum()).sqrt()
+    shared = norms.new_tensor([0.0 if isinstance(g, DTensor) else 1.0 for g in given] or [0.0])
+    squares = norms.square()
+    norm = (total((squares * (1 - shared)).sum()) + (squares * shared).sum()).sqrt()
     torch._foreach_mul_(gradients, (limit / (norm + 1e-6)).clamp(max=1.0))
     return norm
 

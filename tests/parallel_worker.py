@@ -1,4 +1,4 @@
-"""One rank of the equality tests: python parallel_worker.py CASE EP FOLDER (under torchrun)."""
+"""One rank of the equality tests: parallel_worker.py EP FOLDER SCALE MODE (under torchrun)."""
 
 import json
 import sys
@@ -115,12 +115,12 @@ def gradients(net: nn.Module) -> dict[str, Tensor]:
     return found
 
 
-def main(ep: int, folder: Path, scale: float) -> None:
+def main(ep: int, folder: Path, scale: float, replicate: bool | None) -> None:
     who = ranks()
     join(who, "cpu", timeout=60)
     single = network()
     net = bare_network().double()
-    distribute(net, "cpu", ep=ep, source=parts_of(single))
+    distribute(net, "cpu", ep=ep, source=parts_of(single), replicate=replicate)
 
     images = whole(who.world)
     batch = batch_of(images)
@@ -131,8 +131,9 @@ def main(ep: int, folder: Path, scale: float) -> None:
     mine = share(who.rank, who.world)
     batch = batch_of(mine)
     batch.targets["masks"] = masks_of(mine)
-    loss = net.loss(batch).loss
-    (scale * loss).backward()
+    for _ in range(2):  # two backward passes of one update
+        loss = net.loss(batch).loss
+        (scale / 2 * loss).backward()
     summed = loss.detach().clone()
     dist.all_reduce(summed)
 
@@ -152,4 +153,5 @@ def main(ep: int, folder: Path, scale: float) -> None:
 
 
 if __name__ == "__main__":
-    main(int(sys.argv[1]), Path(sys.argv[2]), float(sys.argv[3]))
+    modes = {"default": None, "sharded": False, "whole": True}
+    main(int(sys.argv[1]), Path(sys.argv[2]), float(sys.argv[3]), modes[sys.argv[4]])

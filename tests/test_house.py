@@ -43,6 +43,7 @@ ONLY_IN = {
     "torch.distributed": (
         "model/parallel.py",
         "model/exchange.py",
+        "model/replicas.py",
         "model/checkpoint.py",
         "model/state.py",
     ),

@@ -22,24 +22,38 @@ def torchrun(processes: int, script: str, *words: object) -> None:
     assert done.returncode == 0, done.stderr[-3000:]
 
 
-def compare(processes: int, ep: int, folder: Path, scale: float = 1.0) -> dict[str, float]:
+def compare(
+    processes: int, ep: int, folder: Path, scale: float = 1.0, mode: str = "default"
+) -> dict[str, float]:
     """Run the worker under torchrun and return its largest differences to one process."""
-    torchrun(processes, "parallel_worker.py", ep, folder, scale)
+    torchrun(processes, "parallel_worker.py", ep, folder, scale, mode)
     report: dict[str, float] = json.loads((folder / "report.json").read_text())
     return report
 
 
 @pytest.mark.distributed
-@pytest.mark.parametrize(("processes", "ep"), [(2, 1), (2, 2), (4, 1), (4, 2), (4, 4)])
-def test_equals_one_process(processes: int, ep: int, tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("processes", "ep", "mode"),
+    [
+        (2, 1, "sharded"),
+        (2, 2, "sharded"),
+        (2, 2, "whole"),
+        (4, 1, "default"),
+        (4, 2, "default"),
+        (4, 4, "sharded"),
+        (4, 4, "default"),
+    ],
+)
+def test_equals_one_process(processes: int, ep: int, mode: str, tmp_path: Path) -> None:
     """Unequal batches, a modality missing on some ranks, experts without tokens."""
-    report = compare(processes, ep, tmp_path)
+    report = compare(processes, ep, tmp_path, mode=mode)
     assert max(report.values()) < 1e-10, report
 
 
 @pytest.mark.distributed
-def test_gradients_of_twice_the_size_are_noticed(tmp_path: Path) -> None:
-    report = compare(2, 2, tmp_path, scale=2.0)
+@pytest.mark.parametrize("mode", ["sharded", "whole"])
+def test_gradients_of_twice_the_size_are_noticed(mode: str, tmp_path: Path) -> None:
+    report = compare(2, 2, tmp_path, scale=2.0, mode=mode)
     assert report["loss"] < 1e-10
     assert min(report["gradient"], report["norm"]) > 1e-3
 
