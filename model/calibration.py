@@ -5,6 +5,7 @@ layer also leads the student half the way back to the parent, so that errors do 
 """
 
 import json
+import re
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -28,6 +29,8 @@ IMAGES = 32
 """Chips that go through a block at once."""
 BACK = 0.5
 """Share of the distance to the parent's tokens that a layer takes back."""
+EXPERTS = re.compile(r"^moe\.(collaborative|shared|specialised\.[^.]+)\.fc[12]\.")
+"""Parameters of a block that are its experts."""
 
 Grids = dict[str, Tensor]
 """Modality -> (B, H, W, D) tokens of all chips."""
@@ -164,12 +167,18 @@ class Calibration:
         return max(1, round(len(x) * (1 - self.held_out)))
 
     def load(self, stage: int, block: int) -> Block:
-        """A block of the parent with the modalities that stay, in float32."""
+        """A block of the parent with the modalities that stay.
+
+        All but its experts in float32; those become so when they are asked.
+        """
         config = replace(self.plan.source, channels=self.plan.chosen.channels)
         with torch.device("meta"):
             parent = Block(config, stage, block)
         load_module(self.source, parent, f"encoder.stages.{stage}.blocks.{block}.")
-        return parent.float().requires_grad_(False)
+        for name, parameter in parent.named_parameters():
+            if not EXPERTS.search(name):
+                parameter.data = parameter.data.float()
+        return parent.requires_grad_(False)
 
     def merge(self, stage: int) -> None:
         """Take all tokens to the next stage."""
@@ -270,7 +279,7 @@ def starts(moe: RMoE) -> dict[str, FFN]:
     found = {"kc": merge(layer, "kc"), "ka": merge(layer, "ka")}
     if layer.get("shared"):
         found["shared"] = layer["shared"][0]
-    return found
+    return {name: FFN(*(part.float() for part in ffn)) for name, ffn in found.items()}
 
 
 def banks(moe: RMoE) -> dict[str, ExpertBank]:

@@ -9,7 +9,16 @@ from model.checkpoint import CheckpointConfig, disk_tensors, read_config, save_c
 from model.config import ModelConfig
 from model.distill import distill, feature_loss
 from model.encoder import RingMoE
-from model.integrate import FitSettings, feature_error, joined, mixed, refitted, ridge
+from model.integrate import (
+    Coordinates,
+    FitSettings,
+    feature_error,
+    joined,
+    neighbours,
+    refitted,
+    ridge,
+)
+from model.merge import FFN
 from model.prune import Plan, plan_pruning, size_of, sub_model
 from model.rewrite import prune_checkpoint, result_config
 
@@ -17,7 +26,7 @@ SMALL = ModelConfig(
     embed_dim=8, depths=(1, 2), num_heads=(1, 2), image_size=32, window=4,
     channels={"opt": 3, "ms": 4},
 )  # fmt: skip
-QUICK = FitSettings(steps=150, batch=256)
+QUICK = FitSettings(steps=50, tokens=1024)
 
 
 def random_encoder(config: ModelConfig) -> RingMoE:
@@ -81,11 +90,39 @@ def test_ridge_finds_a_linear_map():
     torch.testing.assert_close(found, (weight, bias), atol=1e-4, rtol=0)
 
 
-def test_tokens_between_stay_within_their_modality():
-    tokens = {"opt": torch.zeros(20, 2), "ms": torch.ones(30, 2)}
-    halfway = mixed(tokens, torch.Generator().manual_seed(0))
-    assert halfway["opt"].abs().max() == 0
-    torch.testing.assert_close(halfway["ms"], torch.ones(30, 2))
+def test_ridge_is_the_same_with_fewer_tokens_than_inputs():
+    generator = torch.Generator().manual_seed(0)
+    x, y = torch.randn(2, 20, 30, generator=generator, dtype=torch.float64)
+    weight, bias = ridge(x, y)
+    ones = torch.cat([x, torch.ones(20, 1)], 1)
+    gram = ones.T @ ones
+    gram += 1e-3 * gram.diagonal().mean() * torch.eye(31)
+    slow = torch.linalg.inv(gram) @ ones.T @ y
+    torch.testing.assert_close(torch.cat([weight, bias[:, None]], 1), slow.T)
+
+
+def test_made_up_tokens_stay_where_the_real_ones_are():
+    x = torch.zeros(500, 3)
+    x[:, 0] = torch.randn(500, generator=torch.Generator().manual_seed(0))
+    near = neighbours(x, torch.Generator().manual_seed(0))
+    assert near[:, 1:].abs().max() == 0
+    assert 0 < (near - x).std() < 0.5 * x.std()
+
+
+def test_whitened_coordinates_describe_the_same_function():
+    generator = torch.Generator().manual_seed(0)
+    shapes = ((6, 4), (6,), (4, 6), (4,))
+    ffn = FFN(*(torch.randn(*shape, generator=generator) for shape in shapes))
+    x = torch.randn(50, 4, generator=generator) @ torch.randn(4, 4, generator=generator) + 3
+    frame = Coordinates.of(x, ffn)
+    inside = frame.into(ffn)
+    z = (x - frame.mean) @ frame.narrow
+    torch.testing.assert_close(z.T @ z / 50, torch.eye(4), atol=1e-4, rtol=0)
+    for found, wanted in zip(frame.back(inside), ffn, strict=True):
+        torch.testing.assert_close(found, wanted, atol=1e-4, rtol=1e-4)
+    before = torch.tanh(x @ ffn.fc1_weight.T + ffn.fc1_bias)
+    after = torch.tanh(z @ inside.fc1_weight.T + inside.fc1_bias)
+    torch.testing.assert_close(after, before, atol=1e-4, rtol=1e-4)
 
 
 def test_fitting_beats_merging_and_refitting(source):
@@ -103,7 +140,7 @@ def test_a_layer_that_is_dense_already_is_reproduced(tmp_path):
     tensors = [(f"encoder.{n}", t) for n, t in disk_tensors(net)]
     save_checkpoint(tmp_path / "dense", CheckpointConfig(config), tensors)
     plan = plan_pruning(config, ("opt",), "1b", {}, "fit")
-    walk = Calibration(tmp_path / "dense", plan, chips("opt"), FitSettings(steps=1, rate=0))
+    walk = Calibration(tmp_path / "dense", plan, chips("opt"), FitSettings(steps=0))
     for layer in layers(config):
         walk(layer)
     assert max(e.error for e in walk.errors) < 1e-3
@@ -115,7 +152,7 @@ def test_experts_that_stay_do_their_own_work(source):
     kept["0.0"]["specialised.opt"] = (0, 1, 2, 3)
     chosen = pruned(part, kept)
     plan = Plan(SMALL, chosen, chosen, "fit", size_of(SMALL), size_of(chosen))
-    walk = Calibration(source, plan, chips("opt", "ms"), FitSettings(steps=1, rate=0))
+    walk = Calibration(source, plan, chips("opt", "ms"), FitSettings(steps=0))
     walk("0.0")
     assert walk.errors[0].error < 1e-3  # nothing went, so the shared expert has nothing to add
     walk("1.0")
@@ -142,7 +179,7 @@ def test_an_interrupted_fit_continues_to_the_same_bytes(source, tmp_path, monkey
     def write(name, **how):
         prune_checkpoint(source, tmp_path / name, plan, config, chips=images, **how)
 
-    monkeypatch.setattr("model.calibration.FitSettings", lambda: FitSettings(steps=3, batch=64))
+    monkeypatch.setattr("model.calibration.FitSettings", lambda: FitSettings(steps=3, tokens=64))
     write("whole")
 
     def stop(_):

@@ -125,7 +125,7 @@ def calibrated(tmp_path):
 
 
 def test_tiles_make_a_fitted_distilled_reported_model(calibrated, tmp_path, monkeypatch):
-    monkeypatch.setattr("model.calibration.FitSettings", lambda: FitSettings(steps=3, batch=64))
+    monkeypatch.setattr("model.calibration.FitSettings", lambda: FitSettings(steps=3, tokens=64))
     model, tiles = calibrated
     for kind in ("json", "html", "png"):
         out, report = tmp_path / kind, tmp_path / f"r.{kind}"
