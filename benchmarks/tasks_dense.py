@@ -14,26 +14,19 @@ import shutil
 import sys
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from cnn import ResNetPyramid
-from sklearn.ensemble import RandomForestClassifier, RandomForestRegressor
-from sklearn.linear_model import LogisticRegression, Ridge
-from sklearn.pipeline import make_pipeline
-from sklearn.preprocessing import StandardScaler
-from tasks_sets import CASES, Case
+from tasks_classical import CLASSICAL
+from tasks_sets import CASES, Bench
 
 from model.adapt import freeze as freeze_encoder
 from model.batch import Batch
 from model.config import TaskConfig
-from model.metrics import ConfusionMatrix, RegressionErrors
 from model.optim import adamw, learning_rate
-from model.tasks.change import ChangeScores
-from model.tasks.head import pixel_classes
 from model.tasks.network import TaskNetwork
 from ringmoe_cli import console
 from ringmoe_cli.jobs import objects
@@ -43,44 +36,10 @@ from ringmoe_cli.jobs.finetuning import FinetuneRequest, finetune, score, starti
 from ringmoe_cli.jobs.probe import knn_probe
 from ringmoe_cli.jobs.taskdata import TaskData, open_task_data
 from ringmoe_cli.machine import use_memory_steadily
-from ringmoe_cli.recipe import FinetuneRecipe, load_finetune_recipe
+from ringmoe_cli.recipe import FinetuneRecipe
 
 DETECTION_SPLIT = {"spacenet": "held-out"}
 SHOTS, EPISODES, SHOT_STEPS = 5, 3, 60
-
-
-@dataclass(frozen=True)
-class Bench:
-    """Where everything is, and what is asked."""
-
-    data: Path
-    work: Path
-    name: str
-    pretrained: Path | None
-
-    @property
-    def case(self) -> Case:
-        """The set's protocol."""
-        return CASES[self.name]
-
-    def found(self) -> TaskData:
-        """The set, normalised by its own training part."""
-        found = open_task_data(self.case.request(self.data, self.work))
-        found.training.normalisation = found.held_out.normalisation = found.measure()
-        return found
-
-    def recipe(self, *more: str) -> FinetuneRecipe:
-        """The task's recipe, with the set's sizes."""
-        case = self.case
-        said = [f"train.steps={case.updates}", f"train.batch_size={case.batch}",
-                "train.save_every=100000", f"task.window={case.window}",
-                f"task.modality_dropout={case.dropout}",
-                f"task.rotated={str(case.rotated).lower()}"]  # fmt: skip
-        return load_finetune_recipe(f"finetune-{case.task}", [*said, *more])
-
-    def run(self, name: str) -> Path:
-        """Folder of a training."""
-        return self.work / "runs" / f"{self.name}-{name}"
 
 
 def ours(bench: Bench, init: Path | None, *more: str, name: str) -> dict[str, Any]:
@@ -252,128 +211,8 @@ def pretraining_share(bench: Bench) -> float:
     return float(json.loads(path.read_text())["cpu"]) / len(CASES) if path.exists() else 0.0
 
 
-def trivial(bench: Bench) -> Iterator[tuple[str, dict[str, Any]]]:
-    """Always the commonest class, or the mean value, of the training part."""
-    found, case = bench.found(), bench.case
-    if case.task == "depth":
-        known = [v[np.isfinite(v)] for v in (b.targets["values"].numpy()
-                 for b in found.training.once(16))]  # fmt: skip
-        mean = float(np.concatenate(known).mean())
-        errors = RegressionErrors()
-        for batch in found.held_out.once(16):
-            errors.update(torch.full_like(batch.targets["values"], mean), batch.targets["values"])
-        yield "mean of the training heights", {**errors.compute(), "cpu": 0.0}
-        return
-    counts = sum(np.bincount(truth_of(b)[1], minlength=256)[:255]
-                 for b in found.training.once(16))  # fmt: skip
-    common, confusion = int(np.argmax(counts)), confusion_of(case, len(found.classes))
-    for batch in found.held_out.once(16):
-        y = torch.from_numpy(truth_of(batch)[1])
-        confusion.update(torch.full_like(y, common), y)
-    yield "commonest class", {**summed(case, confusion), "cpu": 0.0}
-
-
-def truth_of(batch: Batch) -> tuple[Any, Any]:
-    """Mask of labelled pixels (None for windows), and their classes."""
-    y = batch.targets["classes"]
-    if y.ndim == 1:
-        return None, y.numpy()
-    y = pixel_classes(batch)
-    return y != 255, y[y != 255].numpy()
-
-
-def confusion_of(case: Case, classes: int) -> ConfusionMatrix:
-    """An empty confusion matrix."""
-    return ConfusionMatrix(classes)
-
-
-def summed(case: Case, confusion: ConfusionMatrix) -> dict[str, Any]:
-    """The task's scores from a confusion matrix."""
-    if case.task != "change":
-        return confusion.compute()
-    scores = ChangeScores(2)
-    scores.confusion = confusion
-    scores.calibration.update(torch.tensor([[1.0, 0.0]]), torch.tensor([0]))
-    return {k: v for k, v in scores.compute().items() if k != "ece"}
-
-
-def forest(bench: Bench) -> Iterator[tuple[str, dict[str, Any]]]:
-    """100 trees on the same features."""
-    kind = RandomForestRegressor if bench.case.task == "depth" else RandomForestClassifier
-    model = kind(100, n_jobs=1, random_state=0, min_samples_leaf=2)
-    yield "random forest", classical(bench, model)
-
-
-def linear(bench: Bench) -> Iterator[tuple[str, dict[str, Any]]]:
-    """Logistic or ridge regression on the same features."""
-    depth = bench.case.task == "depth"
-    model = Ridge() if depth else LogisticRegression(max_iter=300)
-    yield "linear", classical(bench, make_pipeline(StandardScaler(), model))
-
-
-def classical(bench: Bench, model: Any) -> dict[str, Any]:
-    """Fit on up to 20,000 samples of the training part, score on all of the test part."""
-    found, case, start = bench.found(), bench.case, time.process_time()
-    rng, batches = np.random.default_rng(1), 1 + len(found.training.places) // 16
-    pairs = [thinned(described(b, case), 60_000 // batches, rng)
-             for b in found.training.once(16)]  # fmt: skip
-    x, y = (np.concatenate(p) for p in zip(*pairs, strict=True))
-    if len(y) > 20_000:
-        chosen = np.random.default_rng(0).choice(len(y), 20_000, replace=False)
-        x, y = x[chosen], y[chosen]
-    model.fit(x, y)
-    seconds = time.process_time() - start
-    if case.task == "depth":
-        errors = RegressionErrors()
-        for batch in found.held_out.once(16):
-            x, y = described(batch, case)
-            errors.update(torch.from_numpy(model.predict(x)).float(), torch.from_numpy(y).float())
-        return {**errors.compute(), "cpu": seconds}
-    confusion = confusion_of(case, len(found.classes))
-    for batch in found.held_out.once(16):
-        x, y = described(batch, case)
-        if len(y):
-            confusion.update(torch.from_numpy(model.predict(x)), torch.from_numpy(y))
-    return {**summed(case, confusion), "cpu": seconds}
-
-
-def thinned(pair: tuple[Any, Any], most: int, rng: np.random.Generator) -> tuple[Any, Any]:
-    """Some of the samples of a batch, so that memory stays small."""
-    x, y = pair
-    if len(y) <= max(most, 16):
-        return x, y
-    chosen = rng.choice(len(y), max(most, 16), replace=False)
-    return x[chosen], y[chosen]
-
-
-def described(batch: Batch, case: Case) -> tuple[Any, Any]:
-    """What a classical model sees of a batch: (N, F) features and (N,) truths.
-
-    Windows: means, deviations and histograms of 16 bins of every band. Pixels: every band with its
-    means and deviations over 5 x 5 pixels; of both dates, and their difference, for change.
-    """
-    dates = [torch.cat([v[:, t] for v in batch.images.values()], 1)
-             for t in range(next(iter(batch.images.values())).shape[1])]  # fmt: skip
-    x = torch.cat([*dates, *([(dates[1] - dates[0]).abs()] if len(dates) == 2 else [])], 1)
-    if case.task == "classification":
-        counts = torch.stack([torch.stack([torch.histc(c, 16, -2, 3) for c in image]).flatten()
-                              for image in x])  # fmt: skip
-        parts = [x.mean((2, 3)), x.std((2, 3)), counts]
-        return torch.cat(parts, 1).numpy(), batch.targets["classes"].numpy()
-    pool = torch.nn.AvgPool2d(5, 1, 2, count_include_pad=False)
-    mean = pool(x)
-    spread = (pool(x * x) - mean**2).clamp(min=0).sqrt()
-    every = torch.cat([x, mean, spread], 1).movedim(1, -1)
-    if case.task == "depth":
-        truth = batch.targets["values"][:, 0]
-        known = torch.isfinite(truth)
-        return every[known].numpy(), truth[known].numpy()
-    known, y = truth_of(batch)
-    return every[known].numpy(), y
-
-
 METHODS: Mapping[str, Callable[[Bench], Iterator[tuple[str, dict[str, Any]]]]] = {
-    "trivial": trivial, "linear": linear, "forest": forest, "random-full": random_full,
+    **CLASSICAL, "random-full": random_full,
     "random-frozen": random_frozen, "full": full, "frozen": frozen, "convpass": convpass,
     "cnn": cnn, "missing": missing, "transfer": transfer, "shots": shots, "knn": neighbours,
 }  # fmt: skip

@@ -29,29 +29,33 @@ LIMIT = 7200
 
 def order() -> list[tuple[str, str]]:
     """Set and method of every row, what matters most first."""
-    dense = [n for n, c in CASES.items() if c.task != "detection"]
-    boxes = [n for n, c in CASES.items() if c.task == "detection"]
     large = ["airsar", "mstar", "eurosat", "dubai"]
-    plain = ("trivial", "linear", "forest")
-    rows = [(n, m) for n in large for m in (*plain, "full", "random-full")]
-    rows += [("floods-both", "full"), ("floods-both", "missing"), ("floods-ms", "full"),
-             ("floods-sar", "full"), ("eurosat", "knn"), ("mstar", "knn")]  # fmt: skip
-    rows += [(n, m) for n in dense for m in plain]
-    rows += [(n, "frozen") for n in large]
-    rows += [("mstar-clutter", "full"), ("floods-both", "transfer")]
-    rows += [(n, m) for n in ("kit", "lakes") for m in ("box-forest", "full", "random-full")]
-    rows += [("wpafb", m) for m in ("still", "difference", "tracking-pretrained")]
+    floods = ["floods-both", "floods-ms", "floods-sar"]
+    boxes = [n for n, c in CASES.items() if c.task == "detection"]
+    maps = [n for n, c in CASES.items() if c.task not in ("detection", "classification")]
+    small = [n for n in maps if n not in large + floods]
+    rows = [(n, m) for n in [*large, "mstar-clutter"] for m in ("trivial", "linear", "forest")]
+    rows += [(n, "pixels") for n in ("mstar", "eurosat", "mstar-clutter")]
+    rows += [(n, m) for n in large for m in ("full", "random-full", "frozen")]
+    rows += [(n, "full") for n in floods] + [("floods-both", "missing"), ("mstar-clutter", "full")]
     rows += [(n, "cnn") for n in large]
-    small = [n for n in dense if n not in large and n != "mstar-clutter"]
+    rows += [("floods-both", "transfer"), ("eurosat", "knn"), ("mstar", "knn")]
+    rows += [("kit", m) for m in ("box-forest", "full", "random-full")]
+    rows += [("wpafb", m) for m in ("still", "difference", "tracking-pretrained")]
+    rows += [("lakes", m) for m in ("box-forest", "full", "random-full")]
+    rows += [(n, m) for n in maps for m in ("trivial", "linear", "forest")]
     rows += [(n, m) for n in small for m in ("full", "random-full")]
+    rows += [("airsar", "convpass"), ("eurosat", "shots")]
     rows += [(n, "random-frozen") for n in large]
-    rows += [("eurosat", "shots"), ("airsar", "convpass"), ("mstar-clutter", "random-full"),
-             ("wpafb", "tracking-random")]  # fmt: skip
-    rows += [(n, m) for n in small for m in ("frozen", "random-frozen", "cnn")]
-    rows += [(n, "cnn") for n in ("mstar-clutter", "lakes", "kit")]
-    rows += [("eurosat", "convpass"), ("neon-trees", "box-forest")]
-    rows += [(n, m) for n in ("neon-trees", "spacenet") for m in ("full", "random-full", "cnn")]
-    rows += [(n, m) for n in boxes for m in ("frozen", "random-frozen")]
+    rows += [(n, "random-full") for n in [*floods, "mstar-clutter"]]
+    rows += [("wpafb", "tracking-random")]
+    rows += [(n, m) for n in small for m in ("frozen", "random-frozen")]
+    rows += [("neon-trees", "box-forest")]
+    rows += [(n, m) for n in ("neon-trees", "spacenet") for m in ("full", "random-full")]
+    rows += [(n, "cnn") for n in ("kit", "lakes", "floods-both", *small)]
+    rows += [(n, m) for n in [*floods, *boxes] for m in ("frozen", "random-frozen")]
+    rows += [(n, "cnn") for n in ("floods-ms", "floods-sar", "neon-trees", "spacenet")]
+    rows += [(n, "cnn") for n in ("mstar-clutter",)] + [("eurosat", "convpass")]
     return list(dict.fromkeys(rows))
 
 

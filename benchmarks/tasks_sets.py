@@ -11,7 +11,8 @@ import rasterio
 import rasterio.windows
 from PIL import Image
 
-from ringmoe_cli.jobs.taskdata import DataRequest
+from ringmoe_cli.jobs.taskdata import DataRequest, TaskData, open_task_data
+from ringmoe_cli.recipe import FinetuneRecipe, load_finetune_recipe
 from ringmoe_cli.scene.labels import Wanted
 from ringmoe_cli.scene.sensors import Said
 from ringmoe_cli.scene.store.intake import gather
@@ -43,7 +44,7 @@ class Case:
     @property
     def updates(self) -> int:
         """Updates of the weights; fewer where the images are few."""
-        return min(self.steps, 120) if self.few else self.steps
+        return min(self.steps, FEW_UPDATES) if self.few else self.steps
 
     def request(self, data: Path, work: Path) -> DataRequest:
         """Where the set is."""
@@ -61,6 +62,8 @@ class Case:
         )  # fmt: skip
 
 
+FEW_UPDATES = 60
+"""Updates on sets of under 20 images."""
 BLOCKS = "held-out blocks of 128 pixels (64 in small scenes) that no training window touches"
 SAR = ("sar-l2",)
 CASES = {
@@ -69,18 +72,20 @@ CASES = {
                             "columns between are the guard"),
     "dubai": Case(("{work}/dubai/train",), "segmentation", validation="{work}/dubai/test",
                   classes="{work}/dubai/classes.csv",
-                  protocol="48 images, 5 classes: parts 1-4 of every tile train, 5-6 are the test"),
+                  protocol="48 images at half size, 5 classes: parts 1-4 of every tile train, "
+                           "5-6 are the test"),
     "eurosat": Case(("{data}/05_scene_classification/eurosat_rgb",), "classification", 200, 16,
                     validation="{work}/eurosat-test.txt",
                     protocol="5,400 chips, 10 classes: the test are the files whose name has an "
                              "md5 divisible by 5; pre-training has not seen them either"),
-    "mstar": Case(("{work}/mstar/train",), "classification", 200, 16, 64, "{work}/mstar/test", SAR,
+    "mstar": Case(("{work}/mstar-middle/train",), "classification", 200, 16, 64,
+                  "{work}/mstar-middle/test", SAR,
                   protocol="standard operating conditions: 2,747 chips at 17 degrees train, 2,425 "
-                           "at 15 degrees are the test; chips at half size"),
+                           "at 15 degrees are the test; the middle 64 x 64 pixels of every chip"),
     "mstar-clutter": Case(("{work}/mstar-clutter/train",), "classification", 200, 16, 64,
                           "{work}/mstar-clutter/test", SAR,
-                          protocol="the same chips with the middle 64 x 64 pixels, the vehicle and "
-                                   "its shadow, painted over: what remains is clutter only"),
+                          protocol="the whole chips at half size, the middle 64 x 64 pixels, "
+                                   "which the rows above see, painted over: clutter only"),
     "floods-ms": Case(("{work}/floods.zarr",), "segmentation", modalities=("ms",), few=True,
                       protocol=f"one Sentinel-2 scene, water or land by hand: {BLOCKS}"),
     "floods-sar": Case(("{work}/floods.zarr",), "segmentation", modalities=SAR, few=True,
@@ -110,10 +115,10 @@ CASES = {
     "sar-change": Case(("{work}/sar-change",), "change", modalities=SAR, few=True,
                        protocol="yellow A and B, Ottawa and Bern train, Sulzberger is the test",
                        validation="{work}/sar-change-test"),
-    "lakes": Case(("{data}/08_detection/bhuvan_lake_river",), "detection", 250, 4, 192,
+    "lakes": Case(("{data}/08_detection/bhuvan_lake_river",), "detection", 120, 4, 192,
                   classes="lake,river", modalities=("opt",),
                   protocol="as shipped: 79 images train, 18 are the test"),
-    "kit": Case(("{work}/kit",), "detection", 250, 8, 96, classes="car,minibus",
+    "kit": Case(("{work}/kit",), "detection", 200, 8, 96, classes="car,minibus",
                 modalities=("opt",),
                 protocol="one street: frames 1-14 train, 17-20 are the test; the same parked cars "
                          "are in both"),
@@ -123,6 +128,40 @@ CASES = {
                      modalities=("opt",), bands=("band_1",), rotated=True,
                      protocol=f"one image, rotated boxes of roofs: {BLOCKS}"),
 }  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Bench:
+    """Where everything is, and what is asked."""
+
+    data: Path
+    work: Path
+    name: str
+    pretrained: Path | None
+
+    @property
+    def case(self) -> Case:
+        """The set's protocol."""
+        return CASES[self.name]
+
+    def found(self) -> TaskData:
+        """The set, normalised by its own training part."""
+        found = open_task_data(self.case.request(self.data, self.work))
+        found.training.normalisation = found.held_out.normalisation = found.measure()
+        return found
+
+    def recipe(self, *more: str) -> FinetuneRecipe:
+        """The task's recipe, with the set's sizes."""
+        case = self.case
+        said = [f"train.steps={case.updates}", f"train.batch_size={case.batch}",
+                "train.save_every=100000", f"task.window={case.window}",
+                f"task.modality_dropout={case.dropout}",
+                f"task.rotated={str(case.rotated).lower()}"]  # fmt: skip
+        return load_finetune_recipe(f"finetune-{case.task}", [*said, *more])
+
+    def run(self, name: str) -> Path:
+        """Folder of a training."""
+        return self.work / "runs" / f"{self.name}-{name}"
 
 
 def store(out: Path, groups: list[tuple[list[Path], Said, dict[str, Any]]]) -> None:
@@ -189,6 +228,7 @@ def prepare(data: Path, work: Path) -> None:
     if not (work / "mstar").exists():
         shutil.copytree(data / "05_scene_classification/mstar_soc", work / "mstar")
         clutter_only(work / "mstar", work / "mstar-clutter")
+    middles(work / "mstar", work / "mstar-middle")
     sar_pairs(data / "07_change_detection", work)
 
 
@@ -229,18 +269,33 @@ def md5_of(name: str) -> int:
 
 
 def copy_dubai(source: Path, out: Path) -> None:
-    """Parts 5 and 6 of every tile are the test split."""
+    """Parts 5 and 6 of every tile are the test split; everything at half size."""
     if out.exists():
         return
     for kind in ("images", "masks"):
         for path in sorted((source / "train" / kind).iterdir()):
             split = "test" if int(path.stem[-1]) >= 5 else "train"
             (out / split / kind).mkdir(parents=True, exist_ok=True)
-            shutil.copy(path, out / split / kind / path.name)
+            image, how = Image.open(path), Image.Resampling
+            small = (image.width // 2, image.height // 2)
+            resized = image.resize(small, how.BOX if kind == "images" else how.NEAREST)
+            resized.save(out / split / kind / path.name, quality=95)
     (out / "classes.csv").write_text(
         "building,60,16,152\nland,132,41,246\nroad,110,193,228\nvegetation,254,221,58\n"
         "water,226,169,41\nunlabelled,155,155,155\n"
     )
+
+
+def middles(source: Path, out: Path) -> None:
+    """The middle 64 x 64 pixels of every chip, at the size they were measured."""
+    if out.exists():
+        return
+    for path in source.rglob("*.jpeg"):
+        image = Image.open(path).convert("L")
+        left, top = (image.width - 64) // 2, (image.height - 64) // 2
+        target = (out / path.relative_to(source)).with_suffix(".png")
+        target.parent.mkdir(parents=True, exist_ok=True)
+        image.crop((left, top, left + 64, top + 64)).save(target)
 
 
 def clutter_only(source: Path, out: Path) -> None:

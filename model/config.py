@@ -200,7 +200,7 @@ class TaskConfig:
     adapter: int = 0
     """Width of the Convpass bypasses beside the encoder's blocks; 0: none."""
     detail: int = 0
-    """Maps: width of the path from the pixels past the encoder (`model.decoders.Detail`)."""
+    """Width of the path from the pixels past the encoder (`model.decoders.Detail`); 0: none."""
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> Self:

@@ -78,7 +78,7 @@ class TaskRecipe:
     channels: int = 64
     """Width of the decoder."""
     detail: int = 0
-    """Maps: width of the path from the pixels past the encoder; 0: none."""
+    """Maps and classes: width of the path from the pixels past the encoder; 0: none."""
     rotated: bool = False
     """Detection: boxes carry an angle."""
     freeze: bool = False
@@ -88,7 +88,7 @@ class TaskRecipe:
     balance_weight: float = 0.004
     """Weight of the routers' balance loss while the encoder trains."""
     layer_decay: float = 1.0
-    """Learning rate of each block over that of the next one towards the head (BEiT: 0.65-0.9)."""
+    """With --init, learning rate of each block over that of the next one towards the head."""
     modality_dropout: float = 0.0
     """Chance, per sample, to hide all modalities but one."""
 

@@ -325,6 +325,14 @@ def test_an_encoder_is_probed_by_its_neighbours(store, pretrained, tmp_path):
     assert sum(scores["support_per_class"]) > 0
 
 
+def test_every_feature_counts_in_a_neighbour_whatever_its_scale():
+    from ringmoe_cli.jobs.probe import standard
+
+    usual = torch.tensor([[1000.0, 0.1], [0.0, -0.1], [1000.0, -0.1], [0.0, 0.1]])
+    asked = standard(torch.tensor([[1000.0, 0.1]]), usual) @ standard(usual, usual).T
+    torch.testing.assert_close(asked, torch.tensor([[1.0, -1.0, 0.0, 0.0]]), atol=1e-4, rtol=0)
+
+
 def test_votes_count_by_likeness():
     from ringmoe_cli.jobs.probe import vote
 

@@ -2,6 +2,7 @@
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 
 from model.batch import Batch
@@ -137,13 +138,28 @@ def test_image_and_label_are_moved_and_turned_together():
     assert len(seen) >= 4  # turned in several ways
 
 
+def test_whole_images_are_moved_by_up_to_an_eighth_and_mirrored_at_the_edge():
+    from ringmoe_cli.scene.labelled.examples import drawn_move, with_moves
+
+    ramp = torch.arange(5.0).expand(1, 1, 1, 5, 5)
+    right, left = (with_moves(ramp, [(0, k)])[0, 0, 0, 0].tolist() for k in (2, -1))
+    assert right == [2, 1, 0, 1, 2]
+    assert left == [1, 2, 3, 4, 3]
+    down = with_moves(ramp.mT.contiguous(), [(1, 0)])[0, 0, 0]
+    assert down[:, 0].tolist() == [1, 0, 1, 2, 3]
+    drawn = np.array([drawn_move(0, n, 64) for n in range(200)])
+    assert drawn.min() == -8
+    assert drawn.max() == 8
+    assert drawn_move(0, 5, 64) == drawn_move(0, 5, 64)
+
+
 def test_radar_amplitudes_are_moved_and_given_other_gains_but_never_turned():
     from model.normalisation import Normalisation
 
     item = Drawn(100, 90)
     item.channels = {"sar-l2": ("red", "green", "blue")}
     item.read = lambda window: {"sar-l2": Drawn.read(item, window)["opt"]}
-    item.label = lambda window: 1
+    item.label = lambda window: np.ones((32, 32), np.int64)
     places = [Place(0, Window(80, 70, 32, 32)), *tiled(0, Drawn(100, 90), 32)[:3]]
     windows = LabelledWindows([item], places, 32)
     windows.normalisation = {"sar-l2": Normalisation(("r", "g", "b"), (0.0,) * 3, (1.0,) * 3)}

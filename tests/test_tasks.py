@@ -12,8 +12,10 @@ from model.config import ModelConfig, TaskConfig
 from model.encoder import RingMoE
 from model.optim import adamw
 from model.tasks import TASKS
+from model.tasks.classification import pooled
 from model.tasks.depth import chamfer
 from model.tasks.network import TaskNetwork, fuse, load_task_network
+from model.tasks.segmentation import missed_overlap
 
 CONFIG = ModelConfig(
     embed_dim=16, depths=(1, 1, 1, 1), num_heads=(1, 1, 1, 1), image_size=32, window=4,
@@ -103,10 +105,35 @@ def test_a_classifier_begins_as_a_linear_probe_of_its_encoder():
     stages = [torch.randn(60, w, 2, 2, generator=generator) for w in widths]
     for k in range(3):
         stages[0][truth == k, k] += 3.0
-    head.start_from(torch.cat([x.mean((2, 3)) for x in stages], 1), truth)
+    head.start_from(pooled(stages), truth)
     logits = head(stages, (8, 8))
     assert (logits.argmax(1) == truth).float().mean() > 0.95
     assert all(p.grad is None or not p.grad.any() for p in head.parameters())
+
+
+def test_an_embedding_says_level_and_texture_of_every_map():
+    flat, rough = torch.full((1, 1, 2, 2), 3.0), torch.tensor([[[[1.0, 5.0], [1.0, 5.0]]]])
+    said = pooled([flat, rough, flat[..., :1, :1]])
+    torch.testing.assert_close(
+        said, torch.tensor([[3.0, 3.0, 3.0, 0.0, 2.0, 0.0]]), atol=2e-3, rtol=0
+    )
+
+
+def test_a_classifier_sees_levels_past_the_encoder():
+    level = torch.tensor([0.5, 1.0, 2.0]).view(3, 1, 1, 1, 1).expand(3, 1, 3, 32, 32)
+    told = {d: network_of(task_of("classification", detail=d)).embed(Batch({"opt": level}))
+            for d in (0, 4)}  # fmt: skip
+    assert told[4].shape[1] == told[0].shape[1] + 8
+    assert torch.pdist(told[0]).max() < 0.1 * torch.pdist(told[4]).max()
+
+
+def test_every_class_counts_the_same_in_the_overlap_however_rare_it_is():
+    truth = torch.tensor([0] * 98 + [1] * 2)
+    certain = F.one_hot(truth, 3).float()
+    assert missed_overlap(certain, truth) == 0
+    never = F.one_hot(torch.zeros_like(truth), 3).float()
+    torch.testing.assert_close(missed_overlap(never, truth), torch.tensor(1 - 0.98 / 2))
+    assert missed_overlap(certain[:0], truth[:0]) == 0
 
 
 def test_detail_lets_a_map_see_levels_that_the_norm_of_the_patches_takes_out():

@@ -9,7 +9,7 @@ from model.batch import Batch, Features, Prediction
 from model.config import TaskConfig
 from model.decoders import PixelHead, UPerNet
 from model.tasks.head import Head, pixel_classes, with_detail
-from model.tasks.segmentation import PixelScores, pixel_cross_entropy
+from model.tasks.segmentation import PixelScores, pixel_loss
 
 TOKENS = 4
 """Semantic tokens per date (Chen et al. 2021)."""
@@ -24,7 +24,7 @@ class Change(Head):
 
     dates = 2
     score = "change_f1"
-    dense = True
+    detailed = True
 
     def __init__(self, task: TaskConfig, widths: tuple[int, ...]) -> None:
         super().__init__(task, widths)
@@ -55,8 +55,8 @@ class Change(Head):
         return words
 
     def loss(self, output: Tensor, batch: Batch) -> Tensor:
-        """Mean cross-entropy of labelled pixels that are valid at both dates."""
-        return pixel_cross_entropy(output, pixel_classes(batch))
+        """`pixel_loss` of labelled pixels that are valid at both dates."""
+        return pixel_loss(output, pixel_classes(batch))
 
     def predict(self, output: Tensor) -> Prediction:
         """Class probabilities (B, K, H, W); class 0 is "no change"."""

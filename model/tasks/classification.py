@@ -13,20 +13,24 @@ from model.tasks.head import Head
 
 RIDGE = 1e-3
 """Weight of the squares of the probe's weights."""
+SMALL = 1e-6
+"""Added to variances: the root of a map of one token has no gradient otherwise."""
 
 
 class Classification(Head):
-    """A linear layer on the averages of all four stages.
+    """A linear layer on means and deviations of all four stages, and of the pixels' own path.
 
     All stages, not the last alone: textures that tell crops or ships apart live in the early ones.
     """
 
     score = "accuracy"
+    detailed = True
 
     def __init__(self, task: TaskConfig, widths: tuple[int, ...]) -> None:
         super().__init__(task, widths)
-        self.norm = nn.LayerNorm(sum(widths))
-        self.classify = nn.Linear(sum(widths), len(task.classes))
+        width = 2 * (sum(widths) + task.detail)
+        self.norm = nn.LayerNorm(width)
+        self.classify = nn.Linear(width, len(task.classes))
 
     def forward(self, features: Features, size: tuple[int, int]) -> Tensor:
         """Logits (B, K)."""
@@ -41,7 +45,7 @@ class Classification(Head):
         updates; a regression needs none.
 
         Args:
-            embeddings: (N, ΣC) of `pooled`.
+            embeddings: (N, 2·ΣC) of `pooled`.
             classes: (N,) their classes, all known.
         """
         plain = F.layer_norm(embeddings.float(), embeddings.shape[1:], eps=self.norm.eps)
@@ -82,8 +86,10 @@ class Classification(Head):
 
 
 def pooled(features: Features) -> Tensor:
-    """Averages over space of all stages, (B, ΣC): an embedding of the window."""
-    return torch.cat([stage.mean((2, 3)) for stage in features], 1)
+    """Means, then deviations, over space of all maps, (B, 2·ΣC): an embedding of the window."""
+    means = torch.cat([stage.mean((2, 3)) for stage in features], 1)
+    spreads = torch.cat([stage.var((2, 3), correction=0) for stage in features], 1)
+    return torch.cat([means, (spreads + SMALL).sqrt()], 1)
 
 
 class WindowScores:

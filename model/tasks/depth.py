@@ -35,7 +35,7 @@ class Depth(Head):
     """Learned queries read the scene and say where its heights lie; pixels choose among them."""
 
     score = "rmse"
-    dense = True
+    detailed = True
     lower_is_better = True
 
     def __init__(self, task: TaskConfig, widths: tuple[int, ...]) -> None:

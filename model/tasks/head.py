@@ -29,8 +29,8 @@ class Head(nn.Module, ABC):
 
     dates: ClassVar[int] = 1
     """T the task needs in `Batch.images`: 1, 2 for change; 0: any number."""
-    dense: ClassVar[bool] = False
-    """Whether it answers for every pixel, and so can use `TaskConfig.detail`."""
+    detailed: ClassVar[bool] = False
+    """Whether it can use `TaskConfig.detail`: a map of the pixels themselves."""
     score: ClassVar[str]
     """Key of `metric().compute()` that says how good a model is (larger is better, unless
     `lower_is_better`)."""
@@ -47,7 +47,7 @@ class Head(nn.Module, ABC):
 
         Args:
             features: four maps (B·T, C·2^s, ceil(H/4·2^s), ceil(W/4·2^s)), already fused over
-                modalities; the T dates of a sample are neighbours: row b·T + t. A dense head
+                modalities; the T dates of a sample are neighbours: row b·T + t. A detailed head
                 with `task.detail` gets a fifth map, (B·T, detail, H, W).
             size: (H, W) of the images in pixels.
         """

@@ -80,7 +80,7 @@ class TaskNetwork(nn.Module):
         self.encoder = encoder
         self.head = TASKS[task.name](task, encoder.config.widths)
         self.details = nn.ModuleDict()
-        if task.detail and self.head.dense:
+        if task.detail and self.head.detailed:
             for m in task.modalities:
                 polarimetric = MODALITIES[m].polarimetric
                 self.details[m] = Detail(encoder.config.channels[m], task.detail, polarimetric)
@@ -138,7 +138,7 @@ class TaskNetwork(nn.Module):
 
     @torch.no_grad()
     def embed(self, batch: Batch) -> Tensor:
-        """Averages over space of what the head reads, (B·T, ΣC)."""
+        """Means and deviations over space of what the head reads, (B·T, 2·ΣC)."""
         return pooled(self.fused(self.encode(batch).features, batch))
 
     def pixels(self, modality: str, batch: Batch) -> Tensor:

@@ -247,6 +247,7 @@ def fit(
         KeyboardInterrupt: after saving, if a signal asked to stop.
     """
     config, output = request.recipe.train, request.output
+    decay = request.recipe.task.layer_decay if request.init else 1.0  # random layers learn alike
     each = config.batch_size // config.accumulate
 
     def publish(step: int) -> None:
@@ -266,9 +267,7 @@ def fit(
             on_step=lambda report: advance(1, f"loss {report.loss:.4f}"),
             stop=stop,
             device=request.device,
-            rate=lambda name: depth_scale(
-                name, network.config.depths, request.recipe.task.layer_decay
-            ),
+            rate=lambda name: depth_scale(name, network.config.depths, decay),
         )
     if step < config.steps:
         console.say(f"saved after step {step} of {config.steps}; the same command goes on")

@@ -38,7 +38,7 @@ def knn_probe(
         k: neighbours that vote.
         device: where to compute.
         across: (modality of the memory, modality of the question) of co-registered data; the
-            features are centred per modality, so that only what varies counts.
+            features are standardised per modality, so that only what varies counts.
 
     Raises:
         CheckpointError: if the checkpoint lacks a modality of the data.
@@ -60,12 +60,13 @@ def knn_probe(
 
     def embedded(windows: Windows, modality: str | None) -> tuple[Tensor, Tensor]:
         parts = [embed(encoder, b.to(device), modality) for b in windows.once(32)]
-        x, y = torch.cat([p[0] for p in parts]), torch.cat([p[1] for p in parts])
-        return F.normalize(x - x.mean(0)), y
+        return torch.cat([p[0] for p in parts]), torch.cat([p[1] for p in parts])
 
     memory, classes = embedded(found.training, remembered)
+    usual = memory if asked == remembered else embedded(found.training, asked)[0]
     question, truth = embedded(found.held_out, asked)
-    votes = vote(question @ memory.T, classes, min(k, len(memory)), len(found.classes))
+    likeness = standard(question, usual) @ standard(memory, memory).T
+    votes = vote(likeness, classes, min(k, len(memory)), len(found.classes))
     confusion = ConfusionMatrix(len(found.classes))
     confusion.update(votes.argmax(1), truth)
     scores = confusion.compute()
@@ -74,13 +75,21 @@ def knn_probe(
 
 @torch.no_grad()
 def embed(encoder: Any, batch: Batch, modality: str | None) -> tuple[Tensor, Tensor]:
-    """Features (B, ΣC) of one modality or the mean of all, and a class per window."""
+    """Features (B, 2·ΣC) of one modality or the mean of all, and a class per window."""
     images = {m: x[:, 0] for m, x in batch.images.items() if modality in (None, m)}
     valid = {m: v[:, 0] for m, v in batch.valid.items() if m in images}
     features = encoder.encode(images, valid=valid).features
     x = torch.stack([pooled(f) for f in features.values()]).mean(0)
     truth = batch.targets["classes"]
     return x, truth if truth.ndim == 1 else torch.stack([majority(t) for t in truth])
+
+
+def standard(x: Tensor, usual: Tensor) -> Tensor:
+    """Rows of length one of features (N, F) standardised as (M, F) training features are.
+
+    Without it the few features that vary most decide alone which neighbour is near.
+    """
+    return F.normalize((x - usual.mean(0)) / (usual.std(0) + 1e-6))
 
 
 def majority(labels: Tensor) -> Tensor:

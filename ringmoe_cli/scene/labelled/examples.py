@@ -140,7 +140,8 @@ class LabelledWindows:
             numbers = range(first, first + batch_size)
             drawn = [self.draw(seed, n) for n in numbers]
             gains = [drawn_gain(seed, n) for n in numbers]
-            yield self.batch([p for p, _ in drawn], [k for _, k in drawn], gains)
+            moves = [drawn_move(seed, n, self.size) for n in numbers]
+            yield self.batch([p for p, _ in drawn], [k for _, k in drawn], gains, moves)
             step += 1
 
     def once(self, batch_size: int) -> Iterator[Batch]:
@@ -185,8 +186,12 @@ class LabelledWindows:
         places: Sequence[Place],
         turns: Sequence[int] | None = None,
         gains: Sequence[tuple[float, float]] | None = None,
+        moves: Sequence[tuple[int, int]] | None = None,
     ) -> Batch:
-        """Some windows as one batch, turned by numbers 0..7, radar at other gains."""
+        """Some windows as one batch, turned by numbers 0..7, radar at other gains.
+
+        Images with one label for the whole are moved, as the others were when they were drawn.
+        """
         read = [self.items[p.item].read(p.window) for p in places]
         modalities = list(self.channels)
         ks = [0] * len(places) if turns is None else list(turns)
@@ -206,6 +211,9 @@ class LabelledWindows:
             if not mask.all():
                 valid[m] = mask
         labels = [self.items[p.item].label(p.window) for p in places]
+        if moves is not None and isinstance(labels[0], int):
+            images = {m: with_moves(x, moves) for m, x in images.items()}
+            valid = {m: with_moves(x, moves) for m, x in valid.items()}
         keys = [f"{self.items[p.item].name}:{p.window.row}:{p.window.col}" for p in places]
         return Batch(images, valid, targets=targets(labels, ks, self.size), keys=keys)
 
@@ -259,6 +267,25 @@ def with_gains(
     factor, level = torch.tensor(gains, dtype=images.dtype).T.view(2, -1, 1, 1, 1, 1)
     changed: torch.Tensor = (images * factor + level) * valid
     return changed
+
+
+def drawn_move(seed: int, number: int, size: int) -> tuple[int, int]:
+    """Rows and columns, up to an eighth of the size, that training sample `number` is moved by."""
+    down, right = np.random.default_rng((seed, 3, number)).integers(-size // 8, size // 8 + 1, 2)
+    return int(down), int(right)
+
+
+def with_moves(images: torch.Tensor, moves: Sequence[tuple[int, int]]) -> torch.Tensor:
+    """Images (B, T, C, h, w), each moved down and right; what comes in mirrors what is there."""
+    height, width = images.shape[-2:]
+
+    def source(length: int, move: int) -> torch.Tensor:
+        at = (torch.arange(length) - move).abs()
+        return length - 1 - (length - 1 - at).abs()
+
+    moved = [x[..., source(height, d)[:, None], source(width, r)]
+             for x, (d, r) in zip(images, moves, strict=True)]  # fmt: skip
+    return torch.stack(moved)
 
 
 def described(item: Labelled) -> str:
