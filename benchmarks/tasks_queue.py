@@ -35,7 +35,7 @@ def order() -> list[tuple[str, str]]:
     maps = [n for n, c in CASES.items() if c.task not in ("detection", "classification")]
     small = [n for n in maps if n not in large + floods]
     rows = [(n, m) for n in [*large, "mstar-clutter"] for m in ("trivial", "linear", "forest")]
-    rows += [(n, "pixels") for n in ("mstar", "eurosat", "mstar-clutter")]
+    rows += [(n, m) for n in ("mstar", "eurosat") for m in ("pixels", "forest-pixels")]
     rows += [(n, m) for n in large for m in ("full", "random-full", "frozen")]
     rows += [(n, "full") for n in floods] + [("floods-both", "missing"), ("mstar-clutter", "full")]
     rows += [(n, "cnn") for n in large]
