@@ -62,7 +62,7 @@ class Case:
         )  # fmt: skip
 
 
-FEW_UPDATES = 60
+FEW_UPDATES = 40
 """Updates on sets of under 20 images."""
 BLOCKS = "held-out blocks of 128 pixels (64 in small scenes) that no training window touches"
 SAR = ("sar-l2",)
@@ -74,15 +74,15 @@ CASES = {
                   classes="{work}/dubai/classes.csv",
                   protocol="48 images at half size, 5 classes: parts 1-4 of every tile train, "
                            "5-6 are the test"),
-    "eurosat": Case(("{data}/05_scene_classification/eurosat_rgb",), "classification", 200, 16,
+    "eurosat": Case(("{data}/05_scene_classification/eurosat_rgb",), "classification", 120, 16,
                     validation="{work}/eurosat-test.txt",
                     protocol="5,400 chips, 10 classes: the test are the files whose name has an "
                              "md5 divisible by 5; pre-training has not seen them either"),
-    "mstar": Case(("{work}/mstar-middle/train",), "classification", 200, 16, 64,
+    "mstar": Case(("{work}/mstar-middle/train",), "classification", 120, 16, 64,
                   "{work}/mstar-middle/test", SAR,
                   protocol="standard operating conditions: 2,747 chips at 17 degrees train, 2,425 "
                            "at 15 degrees are the test; the middle 64 x 64 pixels of every chip"),
-    "mstar-clutter": Case(("{work}/mstar-clutter/train",), "classification", 200, 16, 64,
+    "mstar-clutter": Case(("{work}/mstar-clutter/train",), "classification", 120, 16, 64,
                           "{work}/mstar-clutter/test", SAR,
                           protocol="the whole chips at half size, the middle 64 x 64 pixels, "
                                    "which the rows above see, painted over: clutter only"),
@@ -115,10 +115,10 @@ CASES = {
     "sar-change": Case(("{work}/sar-change",), "change", modalities=SAR, few=True,
                        protocol="yellow A and B, Ottawa and Bern train, Sulzberger is the test",
                        validation="{work}/sar-change-test"),
-    "lakes": Case(("{data}/08_detection/bhuvan_lake_river",), "detection", 120, 4, 192,
+    "lakes": Case(("{data}/08_detection/bhuvan_lake_river",), "detection", 80, 4, 192,
                   classes="lake,river", modalities=("opt",),
                   protocol="as shipped: 79 images train, 18 are the test"),
-    "kit": Case(("{work}/kit",), "detection", 200, 8, 96, classes="car,minibus",
+    "kit": Case(("{work}/kit",), "detection", 120, 8, 96, classes="car,minibus",
                 modalities=("opt",),
                 protocol="one street: frames 1-14 train, 17-20 are the test; the same parked cars "
                          "are in both"),
