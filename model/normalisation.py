@@ -35,10 +35,11 @@ class Normalisation:
 
         The result is put into `out`, if given.
         """
-        mean = np.asarray(self.mean, np.float32)[:, None, None]
-        std = np.asarray(self.std, np.float32)[:, None, None]
-        result = np.subtract(values, mean, out=out, dtype=np.float32)
-        result /= std
+        result = np.empty(values.shape, np.float32) if out is None else out
+        mean, std = np.asarray(self.mean, np.float32), np.asarray(self.std, np.float32)
+        for c in range(len(mean)):  # what is centred is divided while it is in cache
+            centred = np.subtract(values[..., c, :, :], mean[c], dtype=np.float32)
+            np.divide(centred, std[c], out=result[..., c, :, :])
         if not valid.all():
             np.copyto(result, np.float32(0), where=~valid)
         return result

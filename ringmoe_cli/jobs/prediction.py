@@ -21,6 +21,7 @@ from ringmoe_cli.scene.maps.warp import Warp, WarpedWriter
 from ringmoe_cli.scene.maps.zarrmap import ZarrWriter
 from ringmoe_cli.scene.resample import Bands
 from ringmoe_cli.scene.stitch import Lattice
+from ringmoe_cli.scene.store.ahead import ahead
 from ringmoe_cli.scene.writer import Layer, MapWriter
 
 T = TypeVar("T")
@@ -145,7 +146,8 @@ def predict_scene(
             skip.skipped += by_others(crew, part, bands)
         done = rows if crew else finished_rows(part, bands)
         report.resumed_rows = bands.of(done - 1)[1] if done and not crew else 0
-        whole = saved(part, bands, done, job.encoded(done, rows, skip))
+        fresh = ahead(job.encoded(done, rows, skip), 1)  # blended beside saving and writing
+        whole = saved(part, bands, done, fresh)
         with maps(outputs, job.product, bands.grid, part.folder, options, warp) as writers:
             for row, band in watched(whole, bands.lattice, done):
                 write_band(writers, report, row, band)

@@ -38,11 +38,9 @@ def to_physical(raw: NDArray[Any], scene: Scene) -> NDArray[np.float32]:
 
 def scaled(raw: NDArray[Any], bands: tuple[Band, ...]) -> NDArray[np.float32]:
     """Raw · scale + offset of each band, as float32 (converted before the sum: no wrapping)."""
-    values = raw.astype(np.float32)
     scale = np.array([b.scale for b in bands], np.float32)[:, None, None]
     offset = np.array([b.offset for b in bands], np.float32)[:, None, None]
-    if (scale != 1).any():
-        values *= scale
+    values: NDArray[np.float32] = np.multiply(raw, scale, dtype=np.float32, casting="unsafe")
     if (offset != 0).any():
         values += offset
     return values

@@ -138,32 +138,19 @@ class Stitcher:
         """
         if row < self.row:
             return
-        if 2 * self.lattice.overlap > self.lattice.window:
-            for i, values in enumerate(windows):
-                self.add_one(row, column + i, values)
-            return
-        n, overlap, stride = len(windows), self.lattice.overlap, self.lattice.stride
-        weights, end = self.lattice.tapers[1][column : column + n], (column + n) * stride
-        values = windows.transpose(1, 2, 0, 3)  # (K, window, n, window)
-        strip = self.strip
-        blocks = strip[:, :, column * stride : end].reshape(*strip.shape[:2], n, stride)
-        blocks[..., overlap:] = values[..., overlap:stride]  # of weight one: nobody else is there
-        if not overlap:
-            return
-        starts = values[..., :overlap] * weights[:, :overlap]
-        ends = values[..., stride:] * weights[:, stride:]
-        np.add(ends[:, :, :-1], starts[:, :, 1:], out=blocks[:, :, 1:, :overlap])
-        blocks[:, :, 0, :overlap] = starts[:, :, 0] + (blocks[:, :, 0, :overlap] if column else 0)
-        strip[:, :, end : end + overlap] = ends[:, :, -1]
+        for number, values in enumerate(windows, column):
+            self.add_one(number, values)
 
-    def add_one(self, row: int, column: int, values: NDArray[np.float32]) -> None:
-        """Blend a window (K, window, window) that shares pixels with more than its neighbours."""
-        left, overlap = column * self.lattice.stride, self.lattice.overlap
+    def add_one(self, column: int, values: NDArray[np.float32]) -> None:
+        """Blend a window (K, window, window) into the current row."""
+        left, stride = column * self.lattice.stride, self.lattice.stride
         target = self.strip[:, :, left : left + self.lattice.window]
-        known = overlap if column else 0  # columns that the windows before have begun
-        weighted = values * self.lattice.tapers[1][column]
-        target[:, :, :known] += weighted[:, :, :known]
-        target[:, :, known:] = weighted[:, :, known:]
+        weights = self.lattice.tapers[1][column]
+        known = self.lattice.overlap if column else 0  # columns that the windows before have begun
+        shared = max(known, stride)  # columns that the next ones will add to
+        target[:, :, known:] = values[:, :, known:]
+        target[:, :, shared:] *= weights[shared:]
+        target[:, :, :known] += values[:, :, :known] * weights[:known]
 
     def skip(self, row: int, column: int, count: int) -> None:
         """Pass over neighbouring windows that say nothing: they count as zeros."""

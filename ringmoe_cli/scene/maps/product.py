@@ -17,6 +17,8 @@ from ringmoe_cli.scene.writer import (
 
 CELL = 256
 """Width in pixels of the cells in which classes are counted, for areas."""
+ROWS = 8
+"""Rows of which the most probable classes are found at a time."""
 
 Encoded = dict[str, NDArray[Any]]
 """Rows of a map by layer name, and sums over these rows."""
@@ -73,11 +75,13 @@ class ClassMap:
     def encode(self, rows: Rows) -> Encoded:
         """Class numbers, with pixels per class and cell, and the sum of the best probability."""
         classes, best = most_probable(rows.dense)
-        classes[~rows.valid] = 255
+        if not rows.valid.all():
+            np.copyto(classes, np.uint8(255), where=~rows.valid)
+            np.copyto(best, np.float32(0), where=~rows.valid)
         out: Encoded = {
             "classes": classes[None],
             "counts": counts_in_cells(classes, self.channels),
-            "confidence": np.array([best.sum(where=rows.valid, dtype=np.float64)]),
+            "confidence": np.array([best.sum(axis=1).sum(dtype=np.float64)]),
         }
         if self.probabilities:
             steps = quantise(rows.dense)
@@ -160,22 +164,34 @@ def most_probable(
 ) -> tuple[NDArray[np.uint8], NDArray[np.float32]]:
     """Class numbers (n, W) and their probabilities; ties go to the lower number, as in argmax.
 
-    Five times as fast as `argmax(0)`, which strides over the classes.
+    Several times as fast as `argmax(0)`, which strides over the classes: some rows at a time, which
+    stay in cache.
     """
-    best = probabilities[0].copy()
-    classes = np.zeros(best.shape, np.uint8)
-    for number, probability in enumerate(probabilities[1:], start=1):
-        better = (probability > best).view(np.uint8)
-        np.maximum(classes, better * np.uint8(number), out=classes)
-        np.maximum(best, probability, out=best)
+    _, height, width = probabilities.shape
+    best = np.empty((height, width), probabilities.dtype)
+    classes = np.zeros((height, width), np.uint8)
+    for top in range(0, height, ROWS):
+        rows = slice(top, top + ROWS)
+        leading, chosen = best[rows], classes[rows]
+        np.copyto(leading, probabilities[0, rows])
+        better = np.empty(leading.shape, np.bool_)
+        for number, probability in enumerate(probabilities[1:, rows], start=1):
+            np.greater(probability, leading, out=better)
+            np.maximum(chosen, better.view(np.uint8) * np.uint8(number), out=chosen)
+            np.maximum(leading, probability, out=leading)
     return classes, best
 
 
 def counts_in_cells(classes: NDArray[np.uint8], count: int, cell: int = CELL) -> NDArray[np.int64]:
     """Pixels per class in cells `cell` wide and as high as these rows, (cells, count)."""
-    width = classes.shape[1]
-    cells = [classes[:, at : at + cell] for at in range(0, width, cell)]
-    return np.stack([np.bincount(c.ravel(), minlength=256)[:count] for c in cells])
+    height, width = classes.shape
+    counts = np.zeros((width, count), np.int64)
+    for top in range(0, height, 255):  # so many ones fit into a byte
+        some = classes[top : top + 255]
+        for number in range(count):
+            ones = (some == number).view(np.uint8)
+            counts[:, number] += np.add.reduce(ones, axis=0, dtype=np.uint8)
+    return np.asarray(np.add.reduceat(counts, np.arange(0, width, cell), axis=0))
 
 
 def product_of(task: TaskConfig, probabilities: bool = False) -> Product:

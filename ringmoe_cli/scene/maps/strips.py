@@ -2,7 +2,7 @@
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, reduce
 from itertools import groupby
 from typing import Any, Protocol
 
@@ -15,6 +15,8 @@ from model.batch import Batch
 from model.normalisation import Normalisation
 from ringmoe_cli.errors import BadBlockError, SceneError
 from ringmoe_cli.scene.grid import Grid, Window
+from ringmoe_cli.scene.radiometry import to_physical
+from ringmoe_cli.scene.reader import SceneReader
 from ringmoe_cli.scene.scene import Scene
 from ringmoe_cli.scene.stitch import Lattice
 from ringmoe_cli.scene.store.ahead import ahead
@@ -23,8 +25,11 @@ PIECE = 2048
 """Columns read and normalised at a time: a multiple of usual block widths, small beside a strip."""
 STRIPS = 2
 """Strips in memory: the one that windows are cut from, and the one above."""
-AHEAD = 3
-"""Pieces of the next strip that are decoded beforehand."""
+AHEAD = 16
+"""Raw pieces that are decoded beforehand: a row of 512 px blocks comes due at once, and is decoded
+while windows of several strips are computed."""
+CACHED = 1 << 17
+"""Numbers that are normalised at a time."""
 SMALLEST_BAD = 64
 """Side in pixels down to which unreadable places are narrowed."""
 
@@ -79,29 +84,38 @@ class Normalised:
                 found[modality] = np.array([n.split("_")[0] not in missing for n in names])
         return found
 
-    def physical(self, window: Window) -> "Physical":
-        """What the readers have in a window."""
-        return {m: [date[m].physical(window) for date in self.dates] for m in self.modalities}
+    def found(self, window: Window) -> "Found":
+        """What the readers have in a window; of files the raw values, which are smaller."""
+        return {m: [found_by(date[m], window) for date in self.dates] for m in self.modalities}
 
-    def put(self, strip: "Strip", found: "Physical", top: int, left: int) -> None:
-        """Normalise what was read to its place in a strip."""
+    def put(self, strip: "Strip", found: "Found", top: int, left: int) -> None:
+        """Normalise what was found to its place in a strip; some rows at a time stay in cache."""
         for modality, dates in found.items():
             norm = self.normalisation[modality]
             for t, (values, valid) in enumerate(dates):
                 height, width = valid.shape
-                rows, columns = slice(top, top + height), slice(left, left + width)
-                norm.apply(values, valid[None], out=strip.images[modality][t, :, rows, columns])
-                strip.valid[modality][t, rows, columns] = valid
+                target = strip.part(slice(top, top + height), slice(left, left + width))
+                target.valid[modality][t] = valid
+                step = max(1, CACHED // (len(values) * width))
+                for first in range(0, height, step):
+                    rows = slice(first, first + step)
+                    channels = channels_by(self.dates[t][modality], values[:, rows])
+                    image = target.images[modality][t, :, rows]
+                    norm.apply(channels, valid[None, rows], out=image)
 
-    def read(self, window: Window) -> "Strip":
-        """Normalised values and validity of a window."""
-        strip = empty_strip(self, window.height, window.width)
-        self.put(strip, self.physical(window), 0, 0)
-        return strip
+
+def found_by(reader: Readable, window: Window) -> tuple[NDArray[Any], NDArray[np.bool_]]:
+    """What one reader has in a window: raw bands of a file, else physical channels."""
+    return reader.read(window) if isinstance(reader, SceneReader) else reader.physical(window)
 
 
-Physical = dict[str, list[tuple[NDArray[np.float32], NDArray[np.bool_]]]]
-"""modality -> per date, physical channels (C, h, w) and validity (h, w)."""
+def channels_by(reader: Readable, values: NDArray[Any]) -> NDArray[np.float32]:
+    """The physical channels in what `found_by` gave."""
+    return to_physical(values, reader.scene) if isinstance(reader, SceneReader) else values
+
+
+Found = dict[str, list[tuple[NDArray[Any], NDArray[np.bool_]]]]
+"""modality -> per date, raw bands or physical channels (C, h, w) and validity (h, w)."""
 
 
 @dataclass(frozen=True)
@@ -116,8 +130,8 @@ class Strip:
     @property
     def seen(self) -> NDArray[np.bool_]:
         """Where every date has a measurement of some modality, (h, w)."""
-        some = stacked(list(self.valid.values()))  # (M, T, h, w)
-        return np.asarray(some.any(axis=0).all(axis=0))
+        some = reduce(np.logical_or, self.valid.values())  # (T, h, w)
+        return np.asarray(reduce(np.logical_and, some))
 
     def part(self, rows: slice, columns: slice) -> "Strip":
         """A part of it, as views."""
@@ -125,6 +139,12 @@ class Strip:
             {m: x[..., rows, columns] for m, x in self.images.items()},
             {m: x[..., rows, columns] for m, x in self.valid.items()},
         )
+
+    def clear(self) -> None:
+        """Nothing was measured here."""
+        for m, x in self.images.items():
+            x[:] = 0
+            self.valid[m][:] = False
 
     def take(self, other: "Strip") -> None:
         """Copy what another strip of the same shape holds."""
@@ -202,14 +222,19 @@ def read_strips(
             top_rows = strip.part(slice(lattice.overlap), everywhere)
             top_rows.take(above.part(shared, everywhere))
         for _, window, found in parts:
-            source.put(strip, found, window.row - number * lattice.stride, window.col)
+            top, left = window.row - number * lattice.stride, window.col
+            if found is None:
+                rows, columns = slice(top, top + window.height), slice(left, left + window.width)
+                strip.part(rows, columns).clear()
+            else:
+                source.put(strip, found, top, left)
         whole = {m: np.asarray(v.all(axis=(0, 1))) for m, v in strip.valid.items()}
         yield RowOfWindows(number, strip, strip.seen, whole)
 
 
 def read_pieces(
     source: Normalised, lattice: Lattice, first: int, last: int, skip: "SkipBad"
-) -> Iterator[tuple[int, Window, Physical]]:
+) -> Iterator[tuple[int, Window, Found | None]]:
     """What the strips of rows first..last hold, without what they share with the one above."""
     for number in range(first, last + 1):
         known = lattice.overlap if number > first else 0
@@ -217,7 +242,7 @@ def read_pieces(
             width = min(PIECE, lattice.padded_width - left)
             top = number * lattice.stride + known
             window = Window(top, left, lattice.window - known, width)
-            for part, found in skip.physical(source, window):
+            for part, found in skip.parts(source, window):
                 yield number, part, found
 
 
@@ -235,8 +260,8 @@ class Gathered:
             m: np.empty((*shape, len(source.normalisation[m].bands), window, window), np.float32)
             for m in source.modalities
         }
-        self.valid = {m: np.empty((*shape, window, window), np.bool_) for m in source.modalities}
-        self.whole = dict.fromkeys(source.modalities, True)
+        self.shape = (*shape, window, window)
+        self.valid: dict[str, NDArray[np.bool_]] = {}
 
     def add(self, row: RowOfWindows, columns: list[int]) -> None:
         """Take the windows at some neighbouring columns of a row, if they hold a valid pixel."""
@@ -262,8 +287,10 @@ class Gathered:
         n, count = len(self.full), len(columns)
         for m in self.images:
             self.images[m][n : n + count] = windows_of(row.strip.images[m], self.lattice, columns)
-            self.valid[m][n : n + count] = windows_of(row.strip.valid[m], self.lattice, columns)
-            self.whole[m] &= whole[m]
+            if not whole[m]:
+                if m not in self.valid:
+                    self.valid[m] = np.ones(self.shape, np.bool_)
+                self.valid[m][n : n + count] = windows_of(row.strip.valid[m], self.lattice, columns)
         self.full += range(self.offered, self.offered + count)
 
     def batch(self) -> Batch | None:
@@ -273,11 +300,7 @@ class Gathered:
             return None
         return Batch(
             images={m: torch.from_numpy(x[:count]) for m, x in self.images.items()},
-            valid={
-                m: torch.from_numpy(v[:count, :, None])
-                for m, v in self.valid.items()
-                if not self.whole[m]
-            },
+            valid={m: torch.from_numpy(v[:count, :, None]) for m, v in self.valid.items()},
             channels={
                 m: torch.from_numpy(np.stack([c] * count)) for m, c in self.source.measured.items()
             },
@@ -306,30 +329,25 @@ class SkipBad:
             BadBlockError: if not skipping.
         """
         strip = empty_strip(source, window.height, window.width)
-        for part, found in self.physical(source, window):
-            source.put(strip, found, part.row - window.row, part.col - window.col)
+        for part, found in self.parts(source, window):
+            if found is not None:
+                source.put(strip, found, part.row - window.row, part.col - window.col)
         return strip
 
-    def physical(self, source: Normalised, window: Window) -> Iterator[tuple[Window, Physical]]:
-        """What a window holds, in as many parts as it has unreadable places."""
+    def parts(self, source: Normalised, window: Window) -> Iterator[tuple[Window, Found | None]]:
+        """What a window holds, in as many parts as it has unreadable places (None)."""
         try:
-            yield window, source.physical(window)
+            yield window, source.found(window)
             return
         except BadBlockError as error:
             if not self.skip:
                 raise
             if max(window.height, window.width) <= SMALLEST_BAD:
                 self.skipped.append(str(error))
-                yield window, nothing(source, window)
+                yield window, None
                 return
         for half in halves(window):
-            yield from self.physical(source, half)
-
-
-def nothing(source: Normalised, window: Window) -> Physical:
-    """A window without a valid pixel."""
-    empty = empty_strip(source, window.height, window.width)
-    return {m: list(zip(x, empty.valid[m], strict=True)) for m, x in empty.images.items()}
+            yield from self.parts(source, half)
 
 
 def empty_strip(source: Normalised, height: int, width: int) -> Strip:
@@ -341,11 +359,6 @@ def empty_strip(source: Normalised, height: int, width: int) -> Strip:
         images[m] = np.zeros((dates, channels, height, width), np.float32)
         valid[m] = np.zeros((dates, height, width), np.bool_)
     return Strip(images, valid)
-
-
-def stacked(arrays: list[NDArray[Any]]) -> NDArray[Any]:
-    """Arrays along a new first axis; a single one is not copied."""
-    return arrays[0][None] if len(arrays) == 1 else np.stack(arrays)
 
 
 def halves(window: Window) -> tuple[Window, Window]:
