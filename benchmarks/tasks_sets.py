@@ -25,7 +25,7 @@ class Case:
 
     data: tuple[str, ...]
     task: str
-    steps: int = 220
+    steps: int = 150
     batch: int = 8
     window: int = 64
     validation: str | None = None
@@ -74,15 +74,15 @@ CASES = {
                   classes="{work}/dubai/classes.csv",
                   protocol="48 images at half size, 5 classes: parts 1-4 of every tile train, "
                            "5-6 are the test"),
-    "eurosat": Case(("{data}/05_scene_classification/eurosat_rgb",), "classification", 120, 16,
+    "eurosat": Case(("{data}/05_scene_classification/eurosat_rgb",), "classification", 100, 16,
                     validation="{work}/eurosat-test.txt",
                     protocol="5,400 chips, 10 classes: the test are the files whose name has an "
                              "md5 divisible by 5; pre-training has not seen them either"),
-    "mstar": Case(("{work}/mstar-middle/train",), "classification", 120, 16, 64,
+    "mstar": Case(("{work}/mstar-middle/train",), "classification", 100, 16, 64,
                   "{work}/mstar-middle/test", SAR,
                   protocol="standard operating conditions: 2,747 chips at 17 degrees train, 2,425 "
                            "at 15 degrees are the test; the middle 64 x 64 pixels of every chip"),
-    "mstar-clutter": Case(("{work}/mstar-clutter/train",), "classification", 120, 16, 64,
+    "mstar-clutter": Case(("{work}/mstar-clutter/train",), "classification", 100, 16, 64,
                           "{work}/mstar-clutter/test", SAR,
                           protocol="the whole chips at half size, the middle 64 x 64 pixels, "
                                    "which the rows above see, painted over: clutter only"),
