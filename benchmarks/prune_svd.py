@@ -2,7 +2,7 @@
 
     python benchmarks/prune_svd.py --width 1792
 
-CPU seconds of this process, errors relative to the SVD's own (which is the smallest possible).
+CPU seconds of this process (the better of three alternating runs), errors relative to the SVD's own (which is the smallest possible).
 """
 
 import argparse
@@ -14,6 +14,8 @@ import torch
 from torch import Tensor
 
 from model.lowrank import truncated
+
+ROUNDS = 3
 
 
 def by_svd(matrix: Tensor, rank: int) -> Tensor:
@@ -35,8 +37,9 @@ def main() -> None:
     width = parser.parse_args().width
     matrix = torch.randn(4 * width, width, generator=torch.Generator().manual_seed(0)) * 0.02
     rank = width // 4
-    ours, our_error = timed(truncated, matrix, rank)
-    theirs, their_error = timed(by_svd, matrix, rank)
+    runs = [(timed(truncated, matrix, rank), timed(by_svd, matrix, rank)) for _ in range(ROUNDS)]
+    ours, our_error = min(own for own, _ in runs)
+    theirs, their_error = min(other for _, other in runs)
     print(
         json.dumps(
             {

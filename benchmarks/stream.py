@@ -42,6 +42,37 @@ finite = all(bool(f.isfinite().all()) for f in features)
 print({{"seconds": round(time.perf_counter() - start, 2), "finite": finite}})
 """
 
+PROGRAMS = {"load": LOAD, "run": RUN}
+COMPRESS = """
+import json, time
+from pathlib import Path
+from model import merge, rewrite
+from model.checkpoint import read_config
+from model.prune import plan_pruning
+model, svds, done, honest = Path({model!r}), [], [], merge.truncated
+def timed(matrix, rank):
+    start = time.perf_counter()
+    found = honest(matrix, rank)
+    svds.append(time.perf_counter() - start)
+    return found
+merge.truncated = timed
+about, start = read_config(model), time.perf_counter()
+plan = plan_pruning(about.model, ("opt",), "1b", {{}}, "kc")
+class Enough(Exception): pass
+def advance(count):
+    done.append(count)
+    if time.perf_counter() - start > {limit}:
+        raise Enough
+try:
+    out = model.with_name("pruned-kc")
+    config = rewrite.result_config(about, plan, "1b")
+    rewrite.prune_checkpoint(model, out, plan, config, advance=advance)
+except Enough:
+    pass
+print(json.dumps({{"seconds": time.perf_counter() - start, "svds": sum(svds), "count": len(svds),
+                  "bytes": sum(done)}}))
+"""
+
 
 def drop_cache(folder: Path) -> None:
     """Ask the kernel to forget the files' pages."""
@@ -64,6 +95,23 @@ def read_rate(folder: Path, limit: float = 4e9) -> float:
     seconds = time.perf_counter() - start
     drop_cache(folder)
     return done / seconds / 1e9
+
+
+def copy_rate(folder: Path, limit: float = 2e9) -> float:
+    """GB/s, read and written, of a plain copy on the same disk until it is all there."""
+    drop_cache(folder)
+    buffer, done, target = bytearray(BLOCK), 0, folder.with_name("plain-copy")
+    start = time.perf_counter()
+    with target.open("wb", buffering=0) as out:
+        for path in sorted(folder.glob("*.safetensors")):
+            with path.open("rb", buffering=0) as file:
+                while done < limit and (got := file.readinto(buffer)):
+                    done += out.write(memoryview(buffer)[:got])
+        os.fsync(out.fileno())
+    seconds = time.perf_counter() - start
+    target.unlink()
+    drop_cache(folder)
+    return 2 * done / seconds / 1e9
 
 
 def measured(name: str, command: list[str]) -> dict[str, object]:
@@ -93,28 +141,41 @@ def measured(name: str, command: list[str]) -> dict[str, object]:
 
 
 def prune(model: Path, name: str, *arguments: str) -> None:
-    """One pruning, its result deleted, between two measurements of the disk."""
-    before = read_rate(model)
+    """One pruning, its result deleted, between two measurements of the disk.
+
+    Where as much is written as is read, it is held against a plain copy, too.
+    """
     out = model.with_name(f"pruned-{name}")
-    command = [*RINGMOE, "prune", str(model), "--modality", "opt", "-o", str(out), *arguments]
-    facts = measured(name, [*command, "--json"])
-    told = json.loads(
-        str(subprocess.check_output([*command[:-2], *arguments, "--dry-run", "--json"], text=True))
-    )
-    rate = told["bytes_read"] / float(str(facts["seconds"])) / 1e9
-    print(
-        json.dumps(
-            {
-                "step": name,
-                "read_gb": told["bytes_read"] / 1e9,
-                "written_gb": told["bytes_written"] / 1e9,
-                "rate": round(rate, 3),
-                "disk": [round(before, 3), round(read_rate(model), 3)],
-            }
-        ),
-        flush=True,
-    )
+    command = [*RINGMOE, "prune", str(model), "--modality", "opt", *arguments]
+    told = json.loads(subprocess.check_output([*command, "--dry-run", "--json"], text=True))
+    read, written = told["bytes_read"] / 1e9, told["bytes_written"] / 1e9
+    plain = {"read": read_rate} | ({"copy": copy_rate} if written > read / 2 else {})
+    before = {kind: rate(model) for kind, rate in plain.items()}
+    seconds = float(str(measured(name, [*command, "-o", str(out)])["seconds"]))
     shutil.rmtree(out, ignore_errors=True)
+    facts: dict[str, object] = {"step": name, "read_gb": read, "written_gb": written}
+    for kind, rate in plain.items():
+        own = (read + written if kind == "copy" else read) / seconds
+        disk = [before[kind], rate(model)]
+        share = round(own / (sum(disk) / 2), 3)
+        facts[kind] = {"rate": round(own, 3), "disk": disk, "share": share}
+    print(json.dumps(facts), flush=True)
+
+
+def compress(model: Path, seconds: float) -> None:
+    """The first layers by KC: the whole against the reading alone and the SVDs alone."""
+    facts = measured("kc", [sys.executable, "-c", COMPRESS.format(model=str(model), limit=seconds)])
+    drop_cache(model)
+    told = json.loads(str(facts["said"]))
+    start = time.perf_counter()
+    done, buffer = 0, bytearray(BLOCK)
+    for path in sorted(model.glob("*.safetensors")):
+        with path.open("rb", buffering=0) as file:
+            while done < told["bytes"] and (got := file.readinto(buffer)):
+                done += got
+    reading = time.perf_counter() - start
+    ratio = told["seconds"] / max(reading, told["svds"])
+    print(json.dumps({"step": "kc", "reading_alone": reading, "ratio": round(ratio, 3)}))
 
 
 def main() -> None:
@@ -122,6 +183,7 @@ def main() -> None:
     parser.add_argument("folder", type=Path)
     parser.add_argument("--preset", default="14b")
     parser.add_argument("--steps", default="convert,load,run,ep,ka,ks,kc")
+    parser.add_argument("--seconds", type=float, default=1e9, help="After which KC may stop.")
     parser.add_argument("--keep", action="store_true")
     arguments = parser.parse_args()
     model = arguments.folder / "random-14b"
@@ -132,40 +194,33 @@ def main() -> None:
     ):
         print("skipped: less than 45 GB free")
         return
-    steps = arguments.steps.split(",")
     try:
-        if "convert" in steps:
-            measured(
-                "convert",
-                [
-                    *RINGMOE,
-                    "convert",
-                    "--random",
-                    arguments.preset,
-                    "--task",
-                    "segmentation",
-                    "-o",
-                    str(model),
-                ],
-            )
-        for name, program in (("load", LOAD), ("run", RUN)):
-            if name in steps:
-                rate = read_rate(model)
-                measured(name, [sys.executable, "-c", program.format(model=str(model))])
-                print(
-                    json.dumps(
-                        {"step": name, "disk": [round(rate, 3), round(read_rate(model), 3)]}
-                    ),
-                    flush=True,
-                )
-        if "ep" in steps:
-            prune(model, "ep", "--target", "4.5b")
-        for method in ("ka", "ks", "kc"):
-            if method in steps:
-                prune(model, method, "--target", "1b", "--method", method)
+        walk_through(model, arguments)
     finally:
         if not arguments.keep:
             shutil.rmtree(model, ignore_errors=True)
+
+
+def walk_through(model: Path, arguments: argparse.Namespace) -> None:
+    """The steps that were asked for, one after another."""
+    steps = arguments.steps.split(",")
+    if "convert" in steps:
+        words = ["convert", "--random", arguments.preset, "--task", "segmentation", "-o"]
+        measured("convert", [*RINGMOE, *words, str(model)])
+    for name in (n for n in steps if n in PROGRAMS):
+        rate = read_rate(model)
+        program = PROGRAMS[name].format(model=str(model))
+        measured(name, [sys.executable, "-c", program])
+        print(json.dumps({"step": name, "disk": [rate, read_rate(model)]}), flush=True)
+    if "ep" in steps:
+        prune(model, "ep", "--target", "4.5b")
+    for method in ("ka", "ks"):
+        if method in steps:
+            prune(model, method, "--target", "1b", "--method", method)
+    if "kc" in steps:
+        compress(model, arguments.seconds)
+        for left in (model.with_name("pruned-kc"), model.with_name("pruned-kc.part")):
+            shutil.rmtree(left, ignore_errors=True)
 
 
 if __name__ == "__main__":

@@ -284,7 +284,7 @@ def descend(start: FFN, learnt: Lesson, unseen: Lesson, task: Task, steps: int) 
     frame = Coordinates.of(x_TD, start)
     lesson = replace(learnt, tokens={"": (x_TD - frame.mean) @ frame.narrow})
     parameters = FFN(*(p.detach().clone().requires_grad_() for p in frame.into(start)))
-    optimiser = quasi_newton(parameters)
+    optimiser = quasi_newton(parameters, min(steps, ROUND))
 
     def closure() -> float:
         optimiser.zero_grad()
@@ -308,13 +308,13 @@ def descend(start: FFN, learnt: Lesson, unseen: Lesson, task: Task, steps: int) 
     return best
 
 
-def quasi_newton(parameters: FFN) -> torch.optim.LBFGS:
-    """L-BFGS over both matrices, with as much history as memory allows."""
+def quasi_newton(parameters: FFN, steps: int) -> torch.optim.LBFGS:
+    """L-BFGS over both matrices, so many steps at a time, with what history memory allows."""
     size = 2 * sum(p.nbytes for p in parameters)
     return torch.optim.LBFGS(
         list(parameters),
-        max_iter=ROUND,
-        max_eval=2 * ROUND,
+        max_iter=steps,
+        max_eval=2 * steps,
         history_size=max(2, min(HISTORY, MEMORY // size)),
         line_search_fn="strong_wolfe",
         tolerance_grad=0,

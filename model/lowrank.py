@@ -26,6 +26,8 @@ DEGREE = 8
 """Largest degree of a filter."""
 GROWTH = 17.0
 """Logarithm of the largest gain of a filter: beyond it, columns would become parallel."""
+STRIP = 448
+"""Rows of a Gram matrix that are computed at once."""
 STEEP = 10.0
 """Energy kept over energy lost from which products of rounded factors are too rough."""
 
@@ -47,7 +49,9 @@ def truncated(matrix: Tensor, rank: int) -> Tensor:
     if vectors is None:
         long = exact.double()
         vectors = torch.linalg.eigh(long.T @ long).eigenvectors[:, -rank:].to(exact.dtype)
-    return projected(exact, vectors, rough=matrix.dtype == torch.bfloat16)
+    return projected(
+        exact, vectors, rough=exact.dtype == torch.float32 and min(exact.shape) >= LARGE
+    )
 
 
 def projected(matrix: Tensor, vectors: Tensor, rough: bool) -> Tensor:
@@ -83,7 +87,7 @@ def iterated(matrix: Tensor, rank: int) -> Tensor | None:
     count = rank + round(SPARE * width)
     generator = torch.Generator().manual_seed(0)
     with half_products(True):
-        gram = matrix.T @ matrix
+        gram = gram_of(matrix)
         energy = float(gram.diagonal().sum())
         start = torch.randn(width, count, generator=generator)
         values, vectors, _ = ritz(gram, orthonormal(gram @ start))
@@ -99,6 +103,16 @@ def iterated(matrix: Tensor, rank: int) -> Tensor | None:
             if lost <= 2 * EXCESS * rest:
                 return wanted.contiguous()
     return None
+
+
+def gram_of(matrix: Tensor) -> Tensor:
+    """AᵀA, the half below the diagonal copied from above it."""
+    gram = matrix.new_empty(matrix.shape[1], matrix.shape[1])
+    for first in range(0, len(gram), STRIP):
+        strip = slice(first, first + STRIP)
+        gram[strip, first:] = matrix[:, strip].T @ matrix[:, first:]
+        gram[first:, strip] = gram[strip, first:].T
+    return gram
 
 
 def ritz(gram: Tensor, basis: Tensor) -> tuple[Tensor, Tensor, Tensor]:

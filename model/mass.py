@@ -1,6 +1,7 @@
 """Routing mass: which experts a modality really uses, measured on chips or read off the routers."""
 
 from collections.abc import Iterable, Mapping, Sequence
+from functools import lru_cache
 from pathlib import Path
 
 import torch
@@ -80,12 +81,16 @@ def isotropic_mass(weight: Tensor, rows: Sequence[int], top_k: int) -> list[floa
         rows: the experts that are present.
         top_k: experts per token.
     """
-    generator = torch.Generator().manual_seed(0)
-    x_TD = torch.randn(PROBES, weight.shape[1], generator=generator)
-    logits_TE = x_TD @ weight.float()[list(rows)].T
+    logits_TE = random_tokens(weight.shape[1]) @ weight.float()[list(rows)].T
     chosen = logits_TE.topk(min(top_k, len(rows)), dim=-1).indices.flatten()
     counts = torch.bincount(chosen, minlength=len(rows)) / len(chosen)
     mass = [0.0] * len(weight)
     for row, share in zip(rows, counts.tolist(), strict=True):
         mass[row] = share
     return mass
+
+
+@lru_cache(maxsize=1)
+def random_tokens(width: int) -> Tensor:
+    """(T, D) without a preferred direction; layers of one width follow one another."""
+    return torch.randn(PROBES, width, generator=torch.Generator().manual_seed(0))

@@ -9,6 +9,7 @@ import json
 import re
 import shutil
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import closing
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -33,7 +34,7 @@ from model.config import ModelConfig
 from model.encoder import RingMoE
 from model.merge import FFN, METHODS, Merging
 from model.prune import Plan
-from model.shards import Entry, Spec, stream, write_shard
+from model.shards import Entry, Spec, put_shard, settle, stream
 
 BLOCK = re.compile(r"^encoder\.stages\.(\d+)\.blocks\.(\d+)\.")
 EXPERT = re.compile(
@@ -44,7 +45,7 @@ ROUTER = re.compile(
     r"^encoder\.stages\.(\d+)\.blocks\.(\d+)\.moe\.router\.(collaborative|specialised\.[^.]+)\."
 )
 MANIFEST = "pruning.json"
-WRITING = ".writing"
+WRITING = ".writing-"
 STATE = ".calibration"
 
 Advance = Callable[[float], None]
@@ -240,16 +241,17 @@ def prune_checkpoint(
     if plan.method == "fit":
         fit = Calibration(source, plan, chips or {}, state=work / STATE)
     entries = [entry for out in all_of(missing) for entry in out.entries]
-    with closing(stream(entries)) as reading:
-        for layer, outs in missing.items():
-            ffn = fit(layer) if fit and any(o.fitted is not None for o in outs) else None
-            part = work / WRITING
-            tensors = (made(out, reading, ffn, advance) for out in outs)
-            try:
-                write_shard(part, [o.spec for o in outs], tensors, shard_metadata(text))
-            except OSError as failure:
-                raise full(work, failure) from None
-            part.replace(work / names[layer])
+    try:
+        with closing(stream(entries)) as reading, Settling() as settling:
+            for layer, outs in missing.items():
+                ffn = fit(layer) if fit and any(o.fitted is not None for o in outs) else None
+                shard = work / names[layer]
+                part = shard.with_name(WRITING + shard.name)
+                tensors = (made(out, reading, ffn, advance) for out in outs)
+                put_shard(part, [o.spec for o in outs], tensors, shard_metadata(text))
+                settling.add(part, shard)
+    except OSError as failure:
+        raise full(work, failure) from None
     where = {o.spec.name: names[layer] for layer, outs in shards.items() for o in outs}
     write_index(work, where, sum(o.spec.nbytes for o in all_of(shards)), text)
     (work / MANIFEST).unlink()
@@ -257,6 +259,41 @@ def prune_checkpoint(
     if target.exists():
         shutil.rmtree(target)
     work.replace(target)
+
+
+class Settling:
+    """Waits for the disk beside the work: a shard gets its name when its bytes are there.
+
+    A context manager; one shard settles while the next one is made.
+    """
+
+    def __init__(self) -> None:
+        self.pool = ThreadPoolExecutor(1)
+        self.last: Future[None] | None = None
+
+    def __enter__(self) -> "Settling":
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+        self.pool.shutdown()
+        if kind is None:
+            self.wait()
+
+    def add(self, part: Path, shard: Path) -> None:
+        """Settle a written file under its final name, once the one before has settled."""
+        self.wait()
+        self.last = self.pool.submit(settled, part, shard)
+
+    def wait(self) -> None:
+        """Until the last shard has settled; what went wrong is raised here."""
+        if self.last is not None:
+            self.last.result()
+
+
+def settled(part: Path, shard: Path) -> None:
+    """Sync a file, then rename it."""
+    settle(part)
+    part.replace(shard)
 
 
 def check_target(source: Path, target: Path, overwrite: bool) -> None:

@@ -204,6 +204,14 @@ def write_shard(
         tensors: exactly those tensors.
         metadata: strings for the header.
     """
+    put_shard(path, specs, tensors, metadata)
+    settle(path)
+
+
+def put_shard(
+    path: Path, specs: Sequence[Spec], tensors: Iterable[Tensor], metadata: Mapping[str, str]
+) -> None:
+    """`write_shard` without waiting for the disk: only `settle` makes the file last."""
     with path.open("wb", buffering=0) as file:
         file.write(header_bytes(specs, metadata))
         for spec, tensor in zip(specs, tensors, strict=True):
@@ -212,8 +220,16 @@ def write_shard(
             view = bytes_of(tensor.contiguous())
             while view:
                 view = view[file.write(view) :]
-        os.fsync(file.fileno())
-        forget(file.fileno(), 0, 0)
+
+
+def settle(path: Path) -> None:
+    """Wait until a file is on disk, and free its page cache."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+        forget(descriptor, 0, 0)
+    finally:
+        os.close(descriptor)
 
 
 def header_bytes(specs: Sequence[Spec], metadata: Mapping[str, str]) -> bytes:

@@ -12,7 +12,9 @@ from model.config import ModelConfig
 from model.encoder import RingMoE
 from model.integrate import FitSettings
 from model.normalisation import Normalisation
+from model.prune import sub_model
 from ringmoe_cli.app import app
+from ringmoe_cli.jobs.calibration import chips_within_memory
 from ringmoe_cli.scene.sensors import open_scene
 from ringmoe_cli.scene.tiling import Labelled, Settings, tile_scenes
 
@@ -166,3 +168,11 @@ def test_learning_needs_tiles(model, tmp_path):
         assert "--tiles" in str(result.exception)
     result = run(model, "--modality", "opt", "--report", tmp_path / "r.doc")
     assert ".html" in str(result.exception)
+
+
+def test_chips_of_a_large_model_are_fewer():
+    large = ModelConfig.preset("14b")
+    assert chips_within_memory(SMALL, 512) == 512
+    both = chips_within_memory(large, 512)
+    one = chips_within_memory(sub_model(large, ("opt",)), 512)
+    assert 2 <= both < one < 512

@@ -22,8 +22,19 @@ CHIPS = 32
 """Chips that go through a model at once."""
 IN_MEMORY = 500_000_000
 """Parameters of a model that is loaded to measure its routing; a larger one is streamed."""
+TOKENS = 1 << 28
+"""Bytes of the tokens of all chips where they are most, after the patch embedding."""
 STREAMED_CHIPS = 16
 """Chips that go through a streamed model."""
+
+
+def chips_within_memory(config: "ModelConfig", count: int) -> int:
+    """How many of so many chips of each modality can go through a model at once.
+
+    The work holds their tokens several times over.
+    """
+    own = (config.image_size // config.patch_size) ** 2 * config.embed_dim * 4
+    return max(2, min(count, TOKENS // (own * len(config.modalities))))
 
 
 def calibration_chips(

@@ -85,7 +85,11 @@ def planned(request: Request) -> Work:
     from model.checkpoint import read_config
     from model.mass import mass_of_routers
     from model.prune import plan_pruning, sub_model
-    from ringmoe_cli.jobs.calibration import calibration_chips, routing_mass
+    from ringmoe_cli.jobs.calibration import (
+        calibration_chips,
+        chips_within_memory,
+        routing_mass,
+    )
 
     if not request.tiles and (request.method == "fit" or request.distill):
         raise RingmoeError("--method fit and --distill learn from tiles; name a store with --tiles")
@@ -95,7 +99,10 @@ def planned(request: Request) -> Work:
     chips: Mapping[str, Tensor] = {}
     mass: Mass = {}
     if request.tiles:
-        chips = calibration_chips(request.tiles, parent, part.modalities, request.chips)
+        count = chips_within_memory(part, request.chips)
+        if count < request.chips:
+            console.say(f"{count} of {request.chips} chips: more would need too much memory")
+        chips = calibration_chips(request.tiles, parent, part.modalities, count)
         mass = routing_mass(request.source, part, chips)
     elif request.target:
         mass = mass_of_routers(request.source, part)
