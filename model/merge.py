@@ -9,7 +9,7 @@ The experts of a branch are any sized iterable, so that a checkpoint can hand th
 time; half-precision weights are accumulated in float32.
 """
 
-from collections.abc import Callable, Collection, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from typing import Literal, NamedTuple
 
 import torch
@@ -56,11 +56,17 @@ def compressed(parts: Parts) -> Tensor:
     K = floor(min(F, D) / N) for the N experts of a routed branch, so that the concatenated
     factors have the shape of one matrix; the shared expert is added whole, biases are summed.
     """
-    return total(
-        part if part.ndim == 1 or branch == "shared" else truncated(part, kept_rank(part, experts))
-        for branch, experts in parts.items()
-        for part in experts
-    )
+    found: list[torch.dtype] = []
+
+    def pieces() -> Iterator[Tensor]:
+        for branch, experts in parts.items():
+            for part in experts:
+                found.append(part.dtype)
+                whole = part.ndim == 1 or branch == "shared"
+                yield part if whole else truncated(part, kept_rank(part, experts))
+
+    result = total(pieces())
+    return result.to(found[0])
 
 
 METHODS: dict[Merging, Callable[[Parts], Tensor]] = {

@@ -144,3 +144,13 @@ def test_half_precision_is_summed_in_float32():
     parts = {"shared": [torch.full((3,), 1.0, dtype=torch.bfloat16)] * 300}
     assert summed(parts).tolist() == [300.0] * 3
     assert summed(parts).dtype == torch.bfloat16
+
+
+@pytest.mark.parametrize("method", ["ks", "ka", "kc"])
+def test_half_precision_stays(method):
+    generator = torch.Generator().manual_seed(0)
+    fine = {b: [torch.randn(12, 8, generator=generator)] * 2 for b in ("collaborative", "shared")}
+    rough = {b: [part.bfloat16() for part in parts] for b, parts in fine.items()}
+    found = METHODS[method](rough)
+    assert found.dtype == torch.bfloat16
+    torch.testing.assert_close(found.float(), METHODS[method](fine), atol=0.05, rtol=0.02)

@@ -183,9 +183,10 @@ def test_expert_pruning_routes_among_the_kept(tmp_path, gate):
     assert sum(p.numel() for p in small.parameters()) == plan.after
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("method", ["ks", "ka", "kc"])
-def test_dense_layers_are_the_merged_experts(tmp_path, method):
-    net = random_encoder(SMALL)
+def test_dense_layers_are_the_merged_experts(tmp_path, method, dtype):
+    net = random_encoder(SMALL).to(dtype)
     plan, dense = pruned(saved(tmp_path / "all", net), tmp_path / method, size="1b", method=method)
     assert sum(p.numel() for p in dense.parameters()) == plan.after == size_of(plan.result)
     for stage, block in ((0, 0), (0, 1), (1, 0)):
