@@ -7,6 +7,8 @@ decoder per modality predicts the hidden pixels from the last stage.
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from math import ceil
+from pathlib import Path
+from typing import Self
 
 import numpy as np
 import torch
@@ -76,6 +78,23 @@ class MaskedImageModel(nn.Module):
         self.decoders.apply(initialise)
         nn.init.trunc_normal_(self.mask_token, std=0.02)
         self.total: Callable[[Tensor], Tensor] = lambda values: values
+
+    @classmethod
+    def from_pretrained(cls, path: str | Path) -> Self:
+        """The network of a pre-training run, or of released weights that have their decoders.
+
+        Raises:
+            ValueError: for a folder without one.
+        """
+        from model.checkpoint import load_module, read_config
+
+        about = read_config(path)
+        if about.pretraining is None:
+            raise ValueError(f"{path} holds no mask token and decoders: its kind is {about.kind}")
+        with torch.device("meta"):
+            net = cls(about.model, about.pretraining, about.normalisation)
+        load_module(path, net)
+        return net.eval()
 
     def target_channels(self, modality: str) -> int:
         """Channels that the decoder of a modality predicts."""

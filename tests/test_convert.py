@@ -9,9 +9,11 @@ from ckpt_files import write_ckpt
 from safetensors.torch import save_file
 from typer.testing import CliRunner
 
+from model.batch import Batch
 from model.checkpoint import read_config, weight_map
 from model.config import ModelConfig
 from model.encoder import RingMoE
+from model.pretrain import MaskedImageModel, batch_masks
 from model.random_weights import random_specs
 from model.weights import open_weights
 from ringmoe_cli.app import app
@@ -113,7 +115,7 @@ def test_a_released_mixture_comes_back(tmp_path, kind):
     arrays = released_names(net)
     arrays["patch_embed_4.projection.weight"] = np.zeros(3)
     arrays["mask_token"] = np.ones((1, 1, 8), np.float32)
-    for i in (0, 1, 3):
+    for i in (0, 1, 3):  # opt, sar-l1, ms
         arrays[f"decoder_{i}.weight"] = np.full((5, 16, 1, 1), i, np.float32)
         arrays[f"decoder_{i}.bias"] = np.zeros(5, np.float32)
     save = {"npz": lambda path, named: np.savez(path, **named), "ckpt": write_ckpt}[kind]
@@ -132,6 +134,73 @@ def test_a_released_mixture_comes_back(tmp_path, kind):
     result = run(path, "-o", tmp_path / "less")
     assert "has no layers.1.blocks.1.mlp.cross_ffn.mapping.bias" in str(result.exception)
     assert not (tmp_path / "less").exists()
+
+
+def released_loss(net, arrays, images, masks):
+    """The release's formulas, written out; features and routing come from the encoder."""
+    order, losses = ("opt", "sar-l1", "sar-l2", "ms"), []
+    token = torch.from_numpy(arrays["mask_token"]).flatten()
+    encoding = net.encode(images, masks=masks, mask_token=token)
+    for m, x in images.items():
+        number, channels, height = order.index(m), x.shape[1], x.shape[2]
+        weight = torch.from_numpy(arrays[f"decoder_{number}.weight"])[:, :, 0, 0]
+        last = encoding.features[m][-1]
+        depth = torch.einsum("oc,bchw->bohw", weight, last)
+        depth = depth + torch.from_numpy(arrays[f"decoder_{number}.bias"])[:, None, None]
+        block = height // last.shape[-1]
+        pixels = torch.empty_like(x)
+        for row in range(block):
+            for column in range(block):
+                first = (row * block + column) * channels
+                pixels[:, :, row::block, column::block] = depth[:, first : first + channels]
+        hidden = masks[m].float().repeat_interleave(4, 1).repeat_interleave(4, 2)[:, None]
+        error = ((x - pixels).abs() * hidden).sum()
+        losses.append(error / (hidden.sum() + 1e-5) / channels)
+    balance = []
+    for layer in encoding.routing:
+        uneven = {}
+        for name, branch in layer.branches.items():
+            chosen, probability = (
+                branch.counts_E / branch.tokens,
+                branch.probability_E / branch.tokens,
+            )
+            uneven[name] = 64 * (chosen * probability).mean()
+        cross = uneven.pop("collaborative")
+        balance.append(0.001 * (cross + torch.stack([*uneven.values()]).mean()))
+    return torch.stack(losses).sum() + torch.stack(balance).sum()
+
+
+def test_released_decoders_give_the_released_loss(tmp_path):
+    torch.manual_seed(0)
+    channels = {"opt": 3, "sar-l1": 8, "ms": 4}
+    config = ModelConfig(
+        embed_dim=8, depths=(1, 2), num_heads=(1, 2), image_size=32, window=4, mask_cell=8,
+        attention="swin_v1", gate="normalized", channels=channels,
+    )  # fmt: skip
+    net = RingMoE(config).eval()
+    for parameter in net.parameters():
+        torch.nn.init.normal_(parameter, std=0.3)
+    arrays = released_names(net)
+    draw = np.random.default_rng(0)
+    arrays["mask_token"] = draw.normal(size=(1, 1, 8)).astype(np.float32)
+    for i, m in ((0, "opt"), (1, "sar-l1"), (3, "ms")):
+        shape = (8 * 8 * channels[m], 16, 1, 1)
+        arrays[f"decoder_{i}.weight"] = draw.normal(size=shape).astype(np.float32)
+        arrays[f"decoder_{i}.bias"] = draw.normal(size=shape[0]).astype(np.float32)
+    np.savez(tmp_path / "w.npz", **arrays)
+    assert run(tmp_path / "w.npz", "-o", tmp_path / "out").exit_code == 0
+    again = MaskedImageModel.from_pretrained(tmp_path / "out")
+    images = {m: torch.randn(2, c, 32, 32) for m, c in channels.items()}
+    batch = Batch({m: x[:, None] for m, x in images.items()})
+    masks = batch_masks(config, 0.6, batch, 0, 0)
+    with torch.no_grad():
+        expected = released_loss(net, arrays, images, masks)
+        assert again(batch, masks).loss.item() == pytest.approx(expected.item(), rel=1e-5)
+    del arrays["decoder_3.weight"]
+    np.savez(tmp_path / "w.npz", **arrays)
+    assert run(tmp_path / "w.npz", "-o", tmp_path / "less").exit_code == 0
+    with pytest.raises(ValueError, match="no mask token and decoders"):
+        MaskedImageModel.from_pretrained(tmp_path / "less")
 
 
 # --- Swin V2 ------------------------------------------------------------------------------------

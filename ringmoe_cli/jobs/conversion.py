@@ -114,7 +114,8 @@ def write_released(source: Source, weights: "Weights", work: Path) -> dict[str, 
     specs, tensors, unused = released_tensors(weights, config)
     if unused:
         console.warn(f"{len(unused)} parameters are not used, among them {unused[0]}")
-    whole = "mask_token" in {spec.name for spec in specs}
+    needed = {"mask_token", *(f"decoders.{m}.weight" for m in config.modalities)}
+    whole = needed <= {spec.name for spec in specs}
     room(work, sum(spec.nbytes for spec in specs))
     about = CheckpointConfig(
         config,

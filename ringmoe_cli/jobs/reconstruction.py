@@ -8,7 +8,7 @@ import torch
 from numpy.typing import NDArray
 
 from model.batch import Batch
-from model.checkpoint import CheckpointConfig, load_module, read_config
+from model.checkpoint import CheckpointConfig, read_config
 from model.config import PretrainConfig
 from model.pretrain import MaskedImageModel, with_masks
 from ringmoe_cli.errors import CheckpointError
@@ -42,12 +42,11 @@ def reconstructions(run: Path) -> Rows:
     config = read_config(run)
     if config.pretraining is None:
         raise CheckpointError(f"{run} is a {config.kind} checkpoint; it reconstructs nothing")
-    network = MaskedImageModel(config.model, config.pretraining, config.normalisation)
-    load_module(run, network)
+    network = MaskedImageModel.from_pretrained(run)
     batch = sample(run, config, config.pretraining)
     masks: Mapping[str, torch.Tensor] = batch.targets["masks"]
     with torch.inference_mode():
-        output = network.eval()(batch, masks)
+        output = network(batch, masks)
         targets = {m: network.target(batch, m, masks[m]) for m in batch.images}
     return {
         m: panels(target, counts > 0, output.reconstructions[m], config.normalisation[m].bands)
