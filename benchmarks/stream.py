@@ -42,7 +42,34 @@ finite = all(bool(f.isfinite().all()) for f in features)
 print({{"seconds": round(time.perf_counter() - start, 2), "finite": finite}})
 """
 
-PROGRAMS = {"load": LOAD, "run": RUN}
+FIT = """
+import json, time, torch
+from pathlib import Path
+from model.budget import layers
+from model.calibration import Calibration
+from model.checkpoint import read_config
+from model.integrate import FitSettings
+from model.prune import plan_pruning, sub_model
+from ringmoe_cli.jobs.calibration import chips_within_memory
+model = Path({model!r})
+config = read_config(model).model
+count = chips_within_memory(sub_model(config, ("opt",)), 512)
+torch.manual_seed(0)
+chips = {{"opt": torch.randn(count, 3, config.image_size, config.image_size)}}
+plan = plan_pruning(config, ("opt",), "1b", {{}}, "fit")
+walk = Calibration(model, plan, chips, FitSettings(steps=2))
+seconds = []
+for stage, width in enumerate(config.widths):
+    if stage:
+        side = walk.parent["opt"].shape[1] // 2
+        walk.parent = walk.student = {{"opt": torch.randn(count, side, side, width)}}
+    start = time.perf_counter()
+    walk(str(stage) + ".0")
+    seconds.append(round(time.perf_counter() - start, 1))
+print(json.dumps({{"chips": count, "seconds": seconds}}))
+"""
+"""One layer of every stage, its tokens random, two steps of the descent: memory is that of any."""
+PROGRAMS = {"load": LOAD, "run": RUN, "fit": FIT}
 COMPRESS = """
 import json, time
 from pathlib import Path
@@ -182,7 +209,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("folder", type=Path)
     parser.add_argument("--preset", default="14b")
-    parser.add_argument("--steps", default="convert,load,run,ep,ka,ks,kc")
+    parser.add_argument("--steps", default="convert,load,run,ep,ka,ks,kc,fit")
     parser.add_argument("--seconds", type=float, default=1e9, help="After which KC may stop.")
     parser.add_argument("--keep", action="store_true")
     arguments = parser.parse_args()

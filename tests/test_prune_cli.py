@@ -15,6 +15,7 @@ from model.normalisation import Normalisation
 from model.prune import sub_model
 from ringmoe_cli.app import app
 from ringmoe_cli.jobs.calibration import chips_within_memory
+from ringmoe_cli.jobs.prune_report import kept_words
 from ringmoe_cli.scene.sensors import open_scene
 from ringmoe_cli.scene.tiling import Labelled, Settings, tile_scenes
 
@@ -142,7 +143,11 @@ def test_tiles_make_a_fitted_distilled_reported_model(calibrated, tmp_path, monk
     assert sum(told["layers"][0]["branches"]["collaborative"]["mass"]) == pytest.approx(1, abs=1e-3)
     assert told["speed"]["after"] > 0
     assert (tmp_path / "r.png").read_bytes().startswith(b"\x89PNG")
-    assert "data:image/png;base64" in (tmp_path / "r.html").read_text()
+    page = (tmp_path / "r.html").read_text()
+    assert "data:image/png;base64" in page
+    for words in ("encoder parameters", "multiply-adds", "chips per second", "<td>1.0</td>"):
+        assert words in page
+    assert f"{told['layers'][0]['error']:.4f}" in page
     assert read_config(tmp_path / "json").provenance["distilled"] == 2
 
 
@@ -168,6 +173,9 @@ def test_learning_needs_tiles(model, tmp_path):
         assert "--tiles" in str(result.exception)
     result = run(model, "--modality", "opt", "--report", tmp_path / "r.doc")
     assert ".html" in str(result.exception)
+    result = run(model, "--modality", "opt", "--report", tmp_path / "nowhere" / "r.html")
+    assert "no folder" in str(result.exception)
+    assert not model.with_name("pre-opt").exists()
 
 
 def test_chips_of_a_large_model_are_fewer():
@@ -176,3 +184,9 @@ def test_chips_of_a_large_model_are_fewer():
     both = chips_within_memory(large, 512)
     one = chips_within_memory(sub_model(large, ("opt",)), 512)
     assert 2 <= both < one < 512
+
+
+def test_a_report_names_kept_experts_with_their_mass():
+    branch = {"kept": [0, 2], "mass": [0.4, 0.1, 0.3, 0.2]}
+    assert kept_words(branch) == "0 (40%), 2 (30%)"
+    assert kept_words({"kept": [], "mass": []}) == "none"

@@ -57,7 +57,7 @@ def prune(
     from ringmoe_cli.jobs import prune_report, pruning
 
     if report:
-        prune_report.check_kind(report)
+        prune_report.check_path(report)
     names = pruning.wanted_modalities(modality)
     stores = tuple(tiles or ())
     work = pruning.planned(pruning.Request(model, names, target, method, stores, chips, distill))

@@ -22,12 +22,14 @@ MEASURED = 500_000_000
 """Parameters of the largest model whose speed is measured."""
 
 
-def check_kind(path: Path) -> None:
-    """Refuse a report of a kind that is not written.
+def check_path(path: Path) -> None:
+    """Refuse a report of a kind that is not written, or in a folder that is not there.
 
     Raises:
-        RingmoeError: naming those that are.
+        RingmoeError: naming the kinds or the folder.
     """
+    if not path.parent.is_dir():
+        raise RingmoeError(f"--report {path}: {path.parent} is no folder; make it first")
     if path.suffix not in KINDS:
         raise RingmoeError(f"--report {path}: choose a name that ends in {', '.join(KINDS)}")
 
@@ -104,12 +106,29 @@ def write_report(report: dict[str, Any], path: Path) -> None:
     part.replace(path)
 
 
+def summary(report: dict[str, Any]) -> list[str]:
+    """Size, arithmetic and speed before and after, in words."""
+    from model.prune import human
+
+    before, after = report["parameters_before"], report["parameters_after"]
+    speed = report["speed"]
+    return [
+        f"{human(before)} → {human(after)} encoder parameters ({after / before:.1%})",
+        f"multiply-adds of one chip {report['multiply_adds_before']:.3g} → "
+        f"{report['multiply_adds_after']:.3g}",
+        f"chips per second {speed['before']:.3g} → {speed['after']:.3g}"
+        if speed
+        else f"speed not measured: more than {human(MEASURED)} parameters",
+    ]
+
+
 def drawn(report: dict[str, Any]) -> "Figure":
     """Kept experts with their routing mass, and the errors of the layers."""
     from matplotlib.figure import Figure
 
     layers = report["layers"]
-    figure = Figure(figsize=(8, 1.5 + 0.32 * len(layers)), layout="constrained")
+    figure = Figure(figsize=(8, 2.2 + 0.32 * len(layers)), layout="constrained")
+    figure.suptitle("\n".join(summary(report)), fontsize=9)
     left, right = figure.subplots(1, 2, width_ratios=(3, 1), sharey=True)
     for y, row in enumerate(layers):
         x = 0.0
@@ -119,28 +138,47 @@ def drawn(report: dict[str, Any]) -> "Figure":
                 left.barh(y, max(mass, 0.01), left=x, color=colour, edgecolor="white")
                 x += mass
             x = round(x + 0.05, 2)
-        right.barh(y, row.get("path_error", 0.0), color="tab:orange")
+        right.barh(y - 0.2, row.get("error", 0.0), height=0.4, color="tab:orange")
+        right.barh(y + 0.2, row.get("path_error", 0.0), height=0.4, color="tab:red")
     left.set_yticks(range(len(layers)), [row["layer"] for row in layers])
     left.invert_yaxis()
     left.set_title("routing mass by branch (blue: kept)", fontsize=9)
-    right.set_title("feature error", fontsize=9)
+    right.set_title("feature error: layer, path (red)", fontsize=9)
     return figure
 
 
 def page(report: dict[str, Any], picture: bytes) -> str:
     """A page that needs no other file."""
     plain = {k: v for k, v in report.items() if k not in ("layers", "speed")}
-    speed = report["speed"] or {}
-    facts = {**plain, **{f"chips per second, {name}": v for name, v in speed.items()}}
     lines = "".join(
         f"<tr><th>{html.escape(str(k))}</th><td>{html.escape(str(v))}</td></tr>"
-        for k, v in facts.items()
+        for k, v in plain.items()
         if v not in (None, "")
     )
+    said = "".join(f"<p>{html.escape(line)}</p>" for line in summary(report))
     source = f"data:image/png;base64,{base64.b64encode(picture).decode()}"
     return (
         "<!doctype html><meta charset=utf-8><title>ringmoe prune</title>"
-        "<style>body{font:14px sans-serif;margin:2em}th{text-align:left;padding-right:1em}"
-        "img{max-width:100%}</style><h1>Pruning</h1>"
-        f"<table>{lines}</table><img alt='experts and errors' src='{source}'>\n"
+        "<style>body{font:14px sans-serif;margin:2em}th,td{text-align:left;padding-right:1em}"
+        f"img{{max-width:100%}}</style><h1>Pruning</h1>{said}"
+        f"<table>{lines}</table><img alt='experts and errors' src='{source}'>"
+        f"{layer_table(report['layers'])}\n"
     )
+
+
+def layer_table(layers: list[dict[str, Any]]) -> str:
+    """Kept experts of every layer with their routing mass, and its errors, as HTML."""
+    names = list(layers[0]["branches"])
+    head = "".join(f"<th>{html.escape(n)}</th>" for n in ("layer", *names, "error", "path error"))
+    rows = []
+    for row in layers:
+        cells = [row["layer"], *(kept_words(row["branches"][name]) for name in names)]
+        cells += [f"{row[key]:.4f}" if key in row else "" for key in ("error", "path_error")]
+        rows.append("".join(f"<td>{html.escape(cell)}</td>" for cell in cells))
+    return f"<table><tr>{head}</tr>" + "".join(f"<tr>{row}</tr>" for row in rows) + "</table>"
+
+
+def kept_words(branch: dict[str, Any]) -> str:
+    """Experts of a branch that stay, by router row, each with its share of the tokens."""
+    mass = branch["mass"]
+    return ", ".join(f"{k} ({mass[k]:.0%})" if mass else str(k) for k in branch["kept"]) or "none"
