@@ -36,13 +36,15 @@ def order() -> list[tuple[str, str]]:
     small = [n for n in maps if n not in large + floods]
     rows = [(n, m) for n in [*large, "mstar-clutter"] for m in ("trivial", "linear", "forest")]
     rows += [(n, m) for n in ("mstar", "eurosat") for m in ("pixels", "forest-pixels")]
-    rows += [(n, "full") for n in [*large, *small, "floods-both"]] + [("floods-both", "missing")]
+    rows += [(n, "full") for n in (*large[:3], "floods-both", *small)] + [
+        ("floods-both", "missing")
+    ]
     rows += [("wpafb", m) for m in ("still", "difference", "tracking-pretrained")]
     rows += [("kit", m) for m in ("box-forest", "full")]
     rows += [(n, m) for n in ("airsar", "mstar", "eurosat") for m in ("random-full", "frozen")]
     rows += [(n, m) for n in maps for m in ("trivial", "linear", "forest")]
     rows += [(n, "cnn") for n in ("airsar", "mstar", "eurosat")] + [("mstar-clutter", "full")]
-    rows += [("dubai", m) for m in ("random-full", "frozen", "cnn")]
+    rows += [("dubai", m) for m in ("full", "random-full", "frozen", "cnn")]
     rows += [("lakes", m) for m in ("box-forest", "full")] + [("eurosat", "knn"), ("mstar", "knn")]
     rows += [("floods-ms", "full"), ("floods-sar", "full"), ("floods-both", "transfer")]
     rows += [(n, "random-full") for n in ("kit", "lakes", *small)]
