@@ -1,34 +1,61 @@
 """The plan against real training: memory and time of a rank, on 1, 2 and 4 gloo processes.
 
-    python benchmarks/plan.py [--presets tiny nano base]
+    python benchmarks/plan.py [--presets nano tiny] [--rounds 3]
 
-The first preset fits the two numbers that `ringmoe plan` is given, FLOP/s of a rank (on one rank)
-and bytes/s (on two); the others are predicted with them. One thread a rank, fp32, optical images;
-four ranks share two cores, which halves their FLOP/s. Memory is the growth of the peak resident set
-over that of a process that has joined the others; time is the median of updates on the clock, so
-the machine must be quiet. Then expert parallelism of two one-thread ranks against one process with
-two threads, on the same images.
+For each case three launches of as many processes. The first measures what the plan adds up: one
+block of every stage as the ranks run it together, everything outside the blocks, AdamW
+(`model.timing`), messages, and what the libraries take of a process (a model of no size). The
+second trains another model, for what the allocator wastes. The third trains; nothing of it goes
+into the plan. With `--alone` every rank times blocks for itself, and their messages are counted.
+One thread a rank, fp32, optical images; four ranks share two cores. Memory is the growth of the
+peak resident set over that of a process that has joined the others; time is the median of updates
+on the clock, so the machine must be quiet. `--throughput tiny` compares expert parallelism of two
+one-thread ranks with one process of two threads, on the same images.
 """
 
 import argparse
+import copy
+import functools
 import json
 import os
 import subprocess
 import sys
 import tempfile
 import time
-from dataclasses import dataclass, replace
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from statistics import median
+from typing import TYPE_CHECKING, Any
 
 from model.config import ModelConfig
-from model.plan import Cluster, Layout, Workload, estimate
+from model.plan import Cluster, Layout, Link, Workload, estimate
+from model.timing import Line, Pace
+from ringmoe_cli.machine import keep_few_kernels
 
-IMAGES = {"nano": 128, "tiny": 8, "base": 4}
+if TYPE_CHECKING:
+    from torch import nn
+
+    from model.parallel import Ranks
+    from model.pretrain import MaskedImageModel
+
+IMAGES = {"nano": 128, "tiny": 8, "base": 4, "other": 64}
 """Of one update, over all ranks."""
-CASES = ((1, 1), (2, 1), (2, 2), (4, 2))
-"""Ranks, and those among which experts are split."""
-CORES = 2
+ALONE = "RINGMOE_BENCHMARK_ALONE"
+"""Set in the environment of ranks that time blocks for themselves."""
+STEPS = 6
+"""Updates, of which the first two do not count."""
+MODELS: dict[str, dict[str, Any]] = {
+    "smallest": {
+        "embed_dim": 8, "depths": (1, 1), "num_heads": (1, 1), "image_size": 32, "window": 4,
+        "mask_cell": 8,
+    },
+    "other": {
+        "embed_dim": 64, "depths": (1, 1, 2, 1), "num_heads": (2, 4, 8, 16), "image_size": 64,
+        "window": 8, "mask_cell": 16,
+    },
+}  # fmt: skip
+"""Without memory to speak of; and unlike the presets, to see what the allocator wastes."""
 
 
 @dataclass(frozen=True)
@@ -52,97 +79,243 @@ def resident(peak: bool = False) -> int:
 
 def config_of(preset: str) -> ModelConfig:
     """One modality, so that it fits."""
+    if preset in MODELS:
+        return ModelConfig(**MODELS[preset], channels={"opt": 3})
     return ModelConfig.preset(preset, channels={"opt": 3})
 
 
-def worker(preset: str, ep: int, steps: int, out: Path) -> None:
-    """One rank: build, train, report."""
+def prepared(preset: str, ep: int) -> tuple["MaskedImageModel", "Ranks"]:
+    """The network of a rank."""
     import torch
 
-    from model.batch import Batch
     from model.config import PretrainConfig
-    from model.optim import adamw
-    from model.parallel import clip_grad_norm, distribute, join, leave, ranks
-    from model.pretrain import MaskedImageModel, batch_masks
+    from model.parallel import distribute, ranks
+    from model.pretrain import MaskedImageModel
     from model.start import drawn, fill
 
     who, config, objective = ranks(), config_of(preset), PretrainConfig()
-    join(who, "cpu")
-    torch.nn.functional.linear(torch.ones(64, 64), torch.ones(64, 64))
-    empty = resident()
     with torch.device("meta"):
         net = MaskedImageModel(config, objective)
     if who.world > 1:
         distribute(net, "cpu", ep=ep, source=drawn(config, objective, 0))
     else:
         fill(net, drawn(config, objective, 0))
-    building = resident(peak=True) - empty
-    Path("/proc/self/clear_refs").write_text("5")
-    optimiser, images, side = adamw(net, 1e-4, 0.05), IMAGES[preset] // who.world, config.image_size
+    return net, who
+
+
+def updates(net: "MaskedImageModel", who: "Ranks", images: int, steps: int) -> list[float]:
+    """Seconds of each update."""
+    import torch
+
+    from model.batch import Batch
+    from model.optim import adamw
+    from model.parallel import clip_grad_norm
+    from model.pretrain import batch_masks
+
+    optimiser, side, times = adamw(net, 1e-4, 0.05), net.config.image_size, []
     clip = clip_grad_norm if who.world > 1 else torch.nn.utils.clip_grad_norm_
-    times = []
     for step in range(steps):
         batch = Batch({"opt": torch.randn(images, 1, 3, side, side)})
-        batch.targets["masks"] = batch_masks(config, 0.6, batch, 0, step)
+        batch.targets["masks"] = batch_masks(net.config, 0.6, batch, 0, step)
         start = time.perf_counter()
         net.loss(batch).loss.backward()
         clip(net.parameters(), 5.0)
         optimiser.step()
         optimiser.zero_grad(set_to_none=True)
         times.append(time.perf_counter() - start)
+    return times
+
+
+def empty_process() -> int:
+    """Bytes of a process that has joined the others and multiplied once."""
+    import torch
+
+    from model.parallel import join, ranks
+
+    keep_few_kernels()
+    join(ranks(), "cpu")
+    torch.nn.functional.linear(torch.ones(64, 64), torch.ones(64, 64))
+    return resident()
+
+
+def train_rank(preset: str, ep: int, steps: int, out: Path) -> None:
+    """One rank: build, train, report."""
+    from model.parallel import leave
+
+    empty = empty_process()
+    net, who = prepared(preset, ep)
+    building = resident(peak=True) - empty
+    Path("/proc/self/clear_refs").write_text("5")
+    times = updates(net, who, IMAGES[preset] // who.world, steps)
     if who.rank == 0:
         memory = resident(peak=True) - empty
-        out.write_text(json.dumps([memory, building, median(times[1:])]))
+        out.write_text(json.dumps([memory, building, median(times[2:])]))
     leave()
 
 
-def measure(preset: str, ranks: int, ep: int, threads: int = 1, steps: int = 4) -> Measured:
-    """Run the workers of a case."""
+def probe_rank(preset: str, ep: int, out: Path) -> None:
+    """One rank: measure the parts, all ranks at the same time."""
+    from model.parallel import leave
+    from model.timing import pace
+
+    empty = empty_process()
+    net, who = prepared("smallest", ep)
+    updates(net, who, 1, 2)
+    overhead = resident(peak=True) - empty
+    images = IMAGES[preset] // who.world
+    few, many = max(images // 2, 1), max(images, 2)
+    spread = None if who.world == 1 or os.environ.get(ALONE) else functools.partial(spread_all, ep)
+    speed = pace(config_of(preset), images=(few, many), spread=spread)
+    found = {"overhead": overhead, "pace": asdict(speed), "links": []}
+    if who.world > 1:
+        found["links"] = [asdict(tokens_link(ep)), asdict(shards_link(ep))]
+    if who.rank == 0:
+        out.write_text(json.dumps(found))
+    leave()
+
+
+def spread_all(ep: int, module: "nn.Module") -> None:
+    """Lay blocks and the module around them out as `distribute` does."""
+    from model.parallel import Spread
+    from model.start import blocks_of
+
+    spread = Spread.over("cpu", ep)
+    for _, block in list(blocks_of(module)):
+        spread.block(block)
+    spread.rest(module)
+
+
+def wasted(ranks: int, ep: int, overhead: float) -> float:
+    """Share that the allocator takes on top of what an update of the other model needs."""
+    found, work = measure("other", ranks, ep), Workload.of(config_of("other"), 4, True)
+    layout = Layout(ep, IMAGES["other"] // ranks, 1, checkpointing=False)
+    cost = estimate(work, Cluster(ranks, 1e12, whole=True), layout)
+    state = cost.weights + cost.optimiser
+    return max((found.memory - overhead - state) / (cost.memory - state) - 1, 0.0)
+
+
+def link(few: tuple[float, float], many: tuple[float, float], messages: int) -> Link:
+    """The way on which two (bytes received, seconds) were measured."""
+    bandwidth = (many[0] - few[0]) / max(many[1] - few[1], 1e-9)
+    return Link(bandwidth, max(few[1] - few[0] / bandwidth, 0.0) / messages)
+
+
+def clocked(run: Callable[[], object], rounds: int = 7) -> float:
+    """Median seconds of something that all ranks do together."""
+    import torch.distributed as dist
+
+    times = []
+    for _ in range(rounds):
+        dist.barrier()
+        start = time.perf_counter()
+        run()
+        times.append(time.perf_counter() - start)
+    return median(times[2:])
+
+
+def tokens_link(ep: int) -> Link:
+    """All-to-all inside a group of expert ranks (of all ranks, if experts are not split)."""
+    import torch
+    import torch.distributed as dist
+    from torch.distributed.device_mesh import init_device_mesh
+
+    world = dist.get_world_size()
+    size = ep if ep > 1 else world
+    group = init_device_mesh("cpu", (world // size, size), mesh_dim_names=("dp", "ep"))[
+        "ep"
+    ].get_group()
+    points = []
+    for rows in (64, 16384):
+        sent, got = torch.ones(rows * size, 96), torch.empty(rows * size, 96)
+        once = clocked(lambda a=got, b=sent: dist.all_to_all_single(a, b, group=group))
+        points.append((rows * (size - 1) * 96 * 4, once))
+    return link(*points, messages=1)
+
+
+def shards_link(ep: int) -> Link:
+    """Gathering weights and reducing gradients, as FSDP or `Replicas` does it."""
+    import torch
+    import torch.distributed as dist
+    from torch import nn
+    from torch.distributed.fsdp import fully_shard
+
+    world, points = dist.get_world_size(), []
+    whole = ep == world
+    for width in (64, 1536):
+        parts = [torch.ones(width, width) for _ in range(4)]
+        if whole:
+
+            def run(parts: list[torch.Tensor] = parts) -> None:
+                dist.all_reduce(torch.cat([p.flatten() for p in parts]))
+        else:
+            layers = nn.Sequential(*(nn.Linear(width, width, bias=False) for _ in parts))
+            alone = copy.deepcopy(layers)
+            fully_shard(layers)
+            layers.set_force_sum_reduction_for_comms(True)
+            layers.set_gradient_divide_factor(1.0)
+            x = torch.ones(1, width)
+
+            def run(layers: nn.Module = layers, x: torch.Tensor = x) -> None:
+                layers(x).sum().backward()
+                layers.zero_grad(set_to_none=True)
+
+        seconds = clocked(run)
+        if not whole:
+            seconds -= clocked(lambda net=alone, x=x: net(x).sum().backward())
+        received = 4 * width * width * (1 - 1 / world) * (8 if whole else 12)
+        points.append((received, seconds))
+    return link(*points, messages=1 if whole else 3)
+
+
+def launch(mode: str, preset: str, ranks: int, ep: int, threads: int = 1) -> Any:
+    """Run the ranks of a case; what the first one reports."""
     out = Path(tempfile.mkdtemp()) / "rank0.json"
     program = [sys.executable]
     if ranks > 1:
         program += ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={ranks}"]
-    words = [__file__, "--worker", preset, "--ep", str(ep), "--steps", str(steps)]
+    words = [__file__, mode, "--presets", preset, "--ep", str(ep), "--out", str(out)]
     environment = {**os.environ, "OMP_NUM_THREADS": str(threads)}
-    subprocess.run([*program, *words, "--out", str(out)], check=True, env=environment)
-    return Measured(*json.loads(out.read_text()))
+    subprocess.run([*program, *words], check=True, env=environment)
+    return json.loads(out.read_text())
 
 
-def cluster(ranks: int, peak: float, bandwidth: float) -> Cluster:
+def measure(preset: str, ranks: int, ep: int, threads: int = 1) -> Measured:
+    """Train."""
+    return Measured(*launch("--train-rank", preset, ranks, ep, threads))
+
+
+def cluster(ranks: int, found: dict) -> Cluster:
     """The machine as the plan sees it."""
-    return Cluster(ranks, 1e12, peak * min(1, CORES / ranks), bandwidth)
+    speed = found["pace"]
+    lines = tuple(Line(**line) for line in speed["stages"])
+    pace = Pace(lines, Line(**speed["rest"]), speed["update"], speed["together"])
+    tokens, shards = (
+        (Link(**link) for link in found["links"]) if found["links"] else (Link(), Link())
+    )
+    return Cluster(
+        ranks, 1e12, tokens=tokens, shards=shards, overhead=found["overhead"],
+        slack=found["slack"], beside=False, pace=pace, whole=True,
+    )  # fmt: skip
 
 
-def fitted(preset: str) -> tuple[float, float]:
-    """FLOP/s of a rank, and bytes/s between two."""
-    work = Workload.of(config_of(preset), width=4, probabilities=True)
-    layout = Layout(1, IMAGES[preset], 1, checkpointing=False)
-    one = measure(preset, 1, 1)
-    peak = estimate(work, cluster(1, 1.0, 1.0), layout).flops / one.seconds
-    halves = replace(layout, ep=2, micro_batch=layout.micro_batch // 2)
-    two = measure(preset, 2, 2)
-    cost = estimate(work, cluster(2, peak, 1e30), halves)
-    print(f"{preset}: {peak / 1e9:.1f} GFLOP/s a rank; two ranks {two.seconds:.3f} s an update")
-    tokens = cost.token_traffic / max(two.seconds - cost.seconds, 1e-6)
-    print(f"{preset}: {tokens / 1e9:.2f} GB/s", flush=True)
-    return peak, tokens
-
-
-def predictions(presets: list[str], peak: float, bandwidth: float) -> None:
+def predictions(presets: list[str], cases: list[tuple[int, int]]) -> None:
     """The table."""
     print("| preset | ranks | ep | memory GB | planned | error | building GB |", end="")
     print(" seconds | planned | error |\n|---|--:|--:|--:|--:|--:|--:|--:|--:|--:|")
     for preset in presets:
         work = Workload.of(config_of(preset), width=4, probabilities=True)
-        for ranks, ep in CASES:
+        for ranks, ep in cases:
+            parts = launch("--probe-rank", preset, ranks, ep)
+            parts["slack"] = wasted(ranks, ep, parts["overhead"])
             found = measure(preset, ranks, ep)
             layout = Layout(ep, IMAGES[preset] // ranks, 1, checkpointing=False)
-            cost = estimate(work, cluster(ranks, peak, bandwidth), layout)
+            cost = estimate(work, cluster(ranks, parts), layout)
             memory = f"{found.memory / 1e9:.2f} | {cost.memory / 1e9:.2f} |"
             memory += f" {cost.memory / found.memory - 1:+.0%} | {found.building / 1e9:.2f}"
             seconds = f"{found.seconds:.2f} | {cost.seconds:.2f}"
             seconds += f" | {cost.seconds / found.seconds - 1:+.0%}"
             print(f"| {preset} | {ranks} | {ep} | {memory} | {seconds} |", flush=True)
+            print(f"{cost}\n{parts}", file=sys.stderr, flush=True)
 
 
 def throughput(preset: str, rounds: int) -> None:
@@ -157,21 +330,26 @@ def throughput(preset: str, rounds: int) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--presets", nargs="+", default=["tiny", "nano", "base"])
-    parser.add_argument("--fit", nargs=2, type=float, help="FLOP/s and bytes/s, instead of fitting")
-    parser.add_argument("--throughput", default="tiny", help="preset, or none")
+    parser.add_argument("--presets", nargs="*", default=["nano", "tiny"])
+    parser.add_argument("--cases", nargs="+", help="ranks:ep", default=["1:1", "2:1", "2:2", "4:2"])
+    parser.add_argument("--alone", action="store_true")
+    parser.add_argument("--throughput", help="preset")
     parser.add_argument("--rounds", type=int, default=3)
-    for name in ("worker", "ep", "steps", "out"):
+    parser.add_argument("--train-rank", action="store_true", help=argparse.SUPPRESS)
+    parser.add_argument("--probe-rank", action="store_true", help=argparse.SUPPRESS)
+    for name in ("ep", "out"):
         parser.add_argument(f"--{name}", help=argparse.SUPPRESS)
     args = parser.parse_args()
-    if args.worker:
-        worker(args.worker, int(args.ep), int(args.steps), Path(args.out))
-        return
-    first, *others = args.presets
-    peak, bandwidth = args.fit or fitted(first)
-    predictions(others, peak, bandwidth)
-    if args.throughput != "none":
+    if args.train_rank:
+        train_rank(args.presets[0], int(args.ep), STEPS, Path(args.out))
+    elif args.probe_rank:
+        probe_rank(args.presets[0], int(args.ep), Path(args.out))
+    elif args.throughput:
         throughput(args.throughput, args.rounds)
+    else:
+        os.environ |= {ALONE: "1"} if args.alone else {}
+        pairs = [tuple(map(int, case.split(":"))) for case in args.cases]
+        predictions(args.presets, pairs)
 
 
 if __name__ == "__main__":

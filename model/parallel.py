@@ -11,7 +11,7 @@ import os
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, replace
 from datetime import timedelta
-from typing import Any, cast
+from typing import Any, Self, cast
 
 import torch
 import torch.distributed as dist
@@ -119,41 +119,72 @@ def distribute(
     Raises:
         ValueError: if `ep` divides neither ranks nor experts, or replicas hold the same experts.
     """
-    world = dist.get_world_size()
-    check_ep(network, world, ep)
-    shape, kind = (world // ep, ep), torch.device(device).type
-    if replicate and ep < world:
-        raise ValueError(f"ep {ep} leaves several ranks the same experts: shard them")
-    whole = ep == world and kind == "cpu" if replicate is None else replicate
-    mesh = init_device_mesh(kind, shape, mesh_dim_names=("dp", "ep"))
-    everyone = mesh[("dp", "ep")]._flatten("everyone")
-    policy = MixedPrecisionPolicy(cast_forward_inputs=False)
-    if precision == "bf16":
-        policy = replace(policy, param_dtype=torch.bfloat16, reduce_dtype=torch.float32)
-    alone: set[nn.Parameter] = set()
+    check_ep(network, dist.get_world_size(), ep)
+    spread = Spread.over(device, ep, precision, replicate)
     for name, block in list(blocks_of(network)):
         if source is not None:
             fill_part(block, source(name))
-        block.to(device)
-        split = split_experts(block.moe, mesh["ep"])
-        block.register_forward_hook(whole_batch)
-        if mesh["dp"].size() == 1:  # each expert lives on one rank: nothing to gather or to reduce
-            alone |= split
-            split = set()
-        if whole:
-            Replicas([p for p in block.parameters() if p not in alone])
-        else:
-            shard(block, everyone, mesh["dp"], split, policy, alone)
+        spread.block(block)
     if source is not None:
         fill_part(network, source(""))
-    network.to(device)
     network.register_forward_hook(touch_absent)
-    if whole:
-        inside = {p for _, block in blocks_of(network) for p in block.parameters()}
-        Replicas([p for p in network.parameters() if p not in inside])
-    else:
-        shard(network, everyone, mesh["dp"], set(), policy, alone)
+    spread.rest(network)
     network.total = total
+
+
+@dataclass
+class Spread:
+    """How the parts of a network are laid out over all ranks."""
+
+    device: str
+    """Of this rank."""
+    mesh: DeviceMesh
+    """(dp, ep)."""
+    everyone: DeviceMesh
+    """The same ranks in a row."""
+    policy: MixedPrecisionPolicy
+    """Of gathered weights."""
+    whole: bool
+    """All but the routed experts stand whole on every rank."""
+    alone: set[nn.Parameter]
+    """Experts that live on this rank only: nothing to gather or to reduce."""
+
+    @classmethod
+    def over(
+        cls, device: str, ep: int, precision: str = "fp32", replicate: bool | None = None
+    ) -> Self:
+        """The layout of `distribute`, which see for the arguments."""
+        world, kind = dist.get_world_size(), torch.device(device).type
+        if replicate and ep < world:
+            raise ValueError(f"ep {ep} leaves several ranks the same experts: shard them")
+        whole = ep == world and kind == "cpu" if replicate is None else replicate
+        mesh = init_device_mesh(kind, (world // ep, ep), mesh_dim_names=("dp", "ep"))
+        policy = MixedPrecisionPolicy(cast_forward_inputs=False)
+        if precision == "bf16":
+            policy = replace(policy, param_dtype=torch.bfloat16, reduce_dtype=torch.float32)
+        return cls(device, mesh, mesh[("dp", "ep")]._flatten("everyone"), policy, whole, set())
+
+    def block(self, block: Block) -> None:
+        """Experts to their ranks, the rest over all or whole on all."""
+        block.to(self.device)
+        split = split_experts(block.moe, self.mesh["ep"])
+        block.register_forward_hook(whole_batch)
+        if self.mesh["dp"].size() == 1:
+            self.alone |= split
+            split = set()
+        if self.whole:
+            Replicas([p for p in block.parameters() if p not in self.alone])
+        else:
+            shard(block, self.everyone, self.mesh["dp"], split, self.policy, self.alone)
+
+    def rest(self, network: nn.Module) -> None:
+        """Everything outside the blocks of a network, which were spread before."""
+        network.to(self.device)
+        if self.whole:
+            inside = {p for _, block in blocks_of(network) for p in block.parameters()}
+            Replicas([p for p in network.parameters() if p not in inside])
+        else:
+            shard(network, self.everyone, self.mesh["dp"], set(), self.policy, self.alone)
 
 
 def check_ep(network: MaskedImageModel, world: int, ep: int) -> None:
