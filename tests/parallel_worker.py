@@ -14,6 +14,7 @@ from model.normalisation import Normalisation
 from model.parallel import clip_grad_norm, distribute, join, leave, ranks, whole_tensors
 from model.pretrain import MaskedImageModel, batch_masks
 from model.start import Source, blocks_of, drawn, fill
+from model.train import recompute_blocks
 
 CONFIG = ModelConfig(
     embed_dim=8,
@@ -115,12 +116,15 @@ def gradients(net: nn.Module) -> dict[str, Tensor]:
     return found
 
 
-def main(ep: int, folder: Path, scale: float, replicate: bool | None) -> None:
+def main(ep: int, folder: Path, scale: float, mode: str) -> None:
     who = ranks()
     join(who, "cpu", timeout=60)
     single = network()
     net = bare_network().double()
+    replicate = {"sharded": False, "whole": True}.get(mode)
     distribute(net, "cpu", ep=ep, source=parts_of(single), replicate=replicate)
+    if mode == "recomputed":
+        recompute_blocks(net)
 
     images = whole(who.world)
     batch = batch_of(images)
@@ -153,5 +157,4 @@ def main(ep: int, folder: Path, scale: float, replicate: bool | None) -> None:
 
 
 if __name__ == "__main__":
-    modes = {"default": None, "sharded": False, "whole": True}
-    main(int(sys.argv[1]), Path(sys.argv[2]), float(sys.argv[3]), modes[sys.argv[4]])
+    main(int(sys.argv[1]), Path(sys.argv[2]), float(sys.argv[3]), sys.argv[4])

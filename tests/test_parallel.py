@@ -38,6 +38,7 @@ def compare(
         (2, 1, "sharded"),
         (2, 2, "sharded"),
         (2, 2, "whole"),
+        (2, 2, "recomputed"),
         (4, 1, "default"),
         (4, 2, "default"),
         (4, 4, "sharded"),
