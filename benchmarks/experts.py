@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from model.config import ModelConfig
 from model.experts import ExpertBank, RMoE, pack
 
-EVEN, SKEWED = (0.25, 0.25, 0.25, 0.25), (0.55, 0.25, 0.15, 0.05)
+ROUTINGS = {"even": (0.25, 0.25, 0.25, 0.25), "55/25/15/5": (0.55, 0.25, 0.15, 0.05)}
 
 
 def rmoe_layer(width: int) -> RMoE:
@@ -92,13 +92,17 @@ def timed(function: Callable[[], object], device: str) -> float:
 
 
 def ratio(
-    ours: Callable[[], object], theirs: Callable[[], object], seconds: float, device: str
+    ours: Callable[[], object],
+    theirs: Callable[[], object],
+    seconds: float,
+    device: str,
+    rounds: int = 5,
 ) -> tuple[float, float]:
     """Median ratio of alternating rounds, and the median time of `theirs` in milliseconds."""
     timed(ours, device), timed(theirs, device)
     ours_s, theirs_s = [], []
     end = time.perf_counter() + seconds
-    while len(ours_s) < 5 or (time.perf_counter() < end and len(ours_s) < 40):
+    while len(ours_s) < rounds or (time.perf_counter() < end and len(ours_s) < 40):
         theirs_s.append(timed(theirs, device))
         ours_s.append(timed(ours, device))
     return median(ours_s) / median(theirs_s), 1e3 * median(theirs_s)
@@ -127,16 +131,20 @@ def passes(
 def compare(args: argparse.Namespace, width: int, count: int, dtype: torch.dtype) -> None:
     """Print one row per routing."""
     layer, ffn = rmoe_layer(width).to(args.device, dtype), dense_ffn(width).to(args.device, dtype)
-    for name, shares in (("even", EVEN), ("55/25/15/5", SKEWED)):
+    for name in args.routings:
+        shares = ROUTINGS[name]
         x = tokens_for(count, width, shares).to(args.device, dtype)
         dense = passes(ffn, x, ffn)
         ours = passes(lambda x: layer(x, {"opt": len(x)})[0], x, layer)
-        cells = [ratio(a, b, args.seconds, args.device) for a, b in zip(ours, dense, strict=True)]
+        cells = [
+            ratio(a, b, args.seconds, args.device, args.rounds)
+            for a, b in zip(ours, dense, strict=True)
+        ]
         packed = copy.deepcopy(layer)
         pack(packed)
         quick, _ = passes(lambda x, m=packed: m(x, {"opt": len(x)})[0], x, packed)
         line = f"| {str(dtype)[6:]} | {width} | {count} | {name} |"
-        line += f" {ratio(quick, dense[0], args.seconds, args.device)[0]:.2f} |"
+        line += f" {ratio(quick, dense[0], args.seconds, args.device, args.rounds)[0]:.2f} |"
         line += "".join(f" {value:.2f} |" for value, _ in cells)
         line += "".join(f" {ms:.1f} |" for _, ms in cells)
         if args.one_hot and name == "even":
@@ -155,6 +163,8 @@ def main() -> None:
     parser.add_argument("--widths", type=int, nargs="+", default=[448, 896, 1792])
     parser.add_argument("--tokens", type=int, nargs="+", default=[288, 1152, 2304, 9216, 36864])
     parser.add_argument("--dtypes", nargs="+", default=["bfloat16", "float32"])
+    parser.add_argument("--routings", nargs="+", default=list(ROUTINGS))
+    parser.add_argument("--rounds", type=int, default=5, help="at least")
     parser.add_argument("--one-hot", action="store_true")
     parser.add_argument("--flops", type=float, default=1.2e12, help="largest forward per cell")
     args = parser.parse_args()
