@@ -26,7 +26,7 @@ from model.journal import Journal
 from model.optim import adamw
 from model.parallel import Ranks
 from model.pretrain import MaskedImageModel
-from model.train import TrainConfig, update
+from model.train import TrainConfig, compile_blocks, update
 from model.utilisation import Utilisation
 from ringmoe_cli.jobs.pretraining import PretrainRequest, masked_batches, open_data
 from ringmoe_cli.jobs.watching import RoutingLog, Watch
@@ -80,6 +80,7 @@ def main() -> None:
     words.add_argument("--rounds", type=int, default=8)
     words.add_argument("--device", default="cpu")
     words.add_argument("--batch", type=int, default=0, help="images a step; 0: the recipe's")
+    words.add_argument("--compiled", action="store_true", help="also the bare step compiled")
     said = words.parse_args()
     size = [f"train.batch_size={said.batch}"] if said.batch else []
     recipe = load_pretrain_recipe("pretrain-nano", ["train.log_every=10", *size])
@@ -89,7 +90,7 @@ def main() -> None:
     torch.manual_seed(0)
     networks = [
         MaskedImageModel(model, recipe.objective, data.normalisation).to(said.device).train()
-        for _ in range(2)
+        for _ in range(3)
     ]
     run = Path(tempfile.mkdtemp())
     request = PretrainRequest((said.store,), run, recipe, said.device)
@@ -118,6 +119,9 @@ def main() -> None:
         "bare": stepper(networks[1], config, lambda: networks[1].loss(cached).loss),
         "plain": stepper(plain, config, plain_loss),
     }
+    if said.compiled:
+        compile_blocks(networks[2])
+        steps["compiled"] = stepper(networks[2], config, lambda: networks[2].loss(cached).loss)
     for step in steps.values():
         timed(step, said.device)
     waits.clear()
@@ -134,7 +138,8 @@ def main() -> None:
         print(f"{name}: {sum(p.numel() for p in network.parameters()) / 1e6:.1f} M parameters")
     for name, seconds in middle.items():
         print(f"{name}: {seconds:.3f} s a step, {images / seconds:.0f} images/s")
-    for one, other in (("loop", "bare"), ("bare", "plain"), ("loop", "plain")):
+    pairs_wanted = [("loop", "bare"), ("bare", "plain"), ("loop", "plain")]
+    for one, other in [*pairs_wanted, *[("compiled", "bare")] * said.compiled]:
         pairs = list(zip(times[one], times[other], strict=True))
         clock = median(a[0] / b[0] for a, b in pairs)
         busy = median(a[1] / b[1] for a, b in pairs)

@@ -18,10 +18,12 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.utils.checkpoint import checkpoint
 
+from model.attention import WindowAttention
 from model.batch import Batch
 from model.encoder import Block
 from model.journal import Journal
 from model.optim import adamw, learning_rate
+from model.patch import PatchMerging
 from model.state import TrainingState
 from model.utilisation import Utilisation
 
@@ -66,6 +68,8 @@ class TrainConfig:
     """Processes among which the experts of a branch are split; 1: each has them all."""
     recompute: bool = False
     """Forget the blocks' activations and compute them again for the gradient: less memory."""
+    compile: bool = False
+    """Compile attention and patch merging (`torch.compile`): faster after a minute of compiling."""
 
     def __post_init__(self) -> None:
         for name in ("steps", "batch_size", "save_every", "keep_last", "accumulate", "log_every"):
@@ -338,3 +342,10 @@ def recompute_blocks(network: nn.Module) -> None:
     """
     for block in [m for m in network.modules() if isinstance(m, Block)]:
         block.forward = partial(checkpoint, block.forward, use_reentrant=False)  # type: ignore[method-assign]
+
+
+def compile_blocks(network: nn.Module, backend: str = "inductor") -> None:
+    """Compile what has the same shapes in every step; experts see other numbers of tokens each."""
+    for module in network.modules():
+        if isinstance(module, WindowAttention | PatchMerging):
+            module.compile(backend=backend)

@@ -18,6 +18,7 @@ from model.checkpoint import read_config
 from model.encoder import RingMoE
 from model.journal import Journal
 from model.plan import Cluster, Workload, plan
+from model.pretrain import MaskedImageModel
 from ringmoe_cli.errors import OutputExistsError, RingmoeError, StoreError
 from ringmoe_cli.jobs.pretraining import PretrainRequest, open_data, pretrain, simulated_stores
 from ringmoe_cli.jobs.runs import claim_run, first_difference, stop_requests
@@ -315,3 +316,12 @@ def test_larger_recipes_fit_their_hardware_and_train_when_shrunk(
     found = pretrain(PretrainRequest((store,), tmp_path, shrunk))
     assert found["step"] == 2
     assert RingMoE.from_pretrained(tmp_path).config.embed_dim == 8
+
+
+def test_recipe_asks_for_compilation(
+    store: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    compiled: list[MaskedImageModel] = []
+    monkeypatch.setattr("ringmoe_cli.jobs.pretraining.compile_blocks", compiled.append)
+    pretrain(request(store, tmp_path, "train.compile=true"))
+    assert [type(network) for network in compiled] == [MaskedImageModel]

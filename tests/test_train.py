@@ -20,9 +20,13 @@ from model.train import (
     NonFiniteLossError,
     StepReport,
     TrainConfig,
+    compile_blocks,
     recompute_blocks,
     train,
 )
+
+COMPILER = [pytest.mark.slow, pytest.mark.timeout(1800)]
+"""Marks of tests that wait for the C++ compiler."""
 
 
 @dataclass
@@ -199,3 +203,19 @@ def test_recomputation_keeps_fewer_activations() -> None:
             net.loss(batch)
         kept.append(sum(sizes.values()))
     assert kept[1] < 0.6 * kept[0]
+
+
+@pytest.mark.filterwarnings("ignore")  # the compiler has many of its own
+@pytest.mark.parametrize("backend", ["aot_eager", pytest.param("inductor", marks=COMPILER)])
+def test_compiled_blocks_give_the_same_losses(tmp_path: Path, backend: str) -> None:
+    for compiled in (False, True):
+        net = training.network()
+        names = list(net.state_dict())
+        if compiled:
+            compile_blocks(net, backend)
+        settings = training.settings(steps=2)
+        folder = tmp_path / str(compiled)
+        train(net, training.stream(settings), settings, folder, publish=lambda step: None)
+        assert list(net.state_dict()) == names
+    rows = [Journal(tmp_path / str(c) / "metrics.jsonl").rows() for c in (False, True)]
+    assert [r["loss"] for r in rows[1]] == pytest.approx([r["loss"] for r in rows[0]], rel=1e-4)

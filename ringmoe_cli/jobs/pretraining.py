@@ -27,7 +27,7 @@ from model.physics import local_looks, log_floor, span
 from model.pretrain import MaskedImageModel, with_masks
 from model.start import drawn, fill
 from model.state import TrainingState
-from model.train import ALONE, Crew, StepReport, recompute_blocks, train
+from model.train import ALONE, Crew, StepReport, compile_blocks, recompute_blocks, train
 from model.utilisation import Utilisation
 from ringmoe_cli import console
 from ringmoe_cli.errors import RecipeError, RingmoeError, StoreError
@@ -134,6 +134,8 @@ def pretrain_together(request: PretrainRequest, who: Ranks) -> dict[str, Any]:
     routing = RoutingLog(network.encoder, config, output, done, total)
     if config.recompute:
         recompute_blocks(network)
+    if config.compile:
+        compile_blocks(network)
     about = CheckpointConfig(
         model=model,
         kind="pretraining",
