@@ -59,10 +59,15 @@ def projected(matrix: Tensor, vectors: Tensor, rough: bool) -> Tensor:
     if rough:
         with half_products(True):
             parts = matrix @ vectors
-            captured = float(parts.square().sum())
-            if captured < STEEP * (float(matrix.square().sum()) - captured):
+            captured = energy(parts)
+            if captured < STEEP * (energy(matrix) - captured):
                 return parts @ vectors.T
     return (matrix @ vectors) @ vectors.T
+
+
+def energy(matrix: Tensor) -> float:
+    """Sum of squares."""
+    return float(torch.linalg.vector_norm(matrix)) ** 2
 
 
 @contextmanager
@@ -88,7 +93,7 @@ def iterated(matrix: Tensor, rank: int) -> Tensor | None:
     generator = torch.Generator().manual_seed(0)
     with half_products(True):
         gram = gram_of(matrix)
-        energy = float(gram.diagonal().sum())
+        whole = float(gram.diagonal().sum())
         start = torch.randn(width, count, generator=generator)
         values, vectors, _ = ritz(gram, orthonormal(gram @ start))
         for _ in range(ROUNDS):
@@ -99,7 +104,7 @@ def iterated(matrix: Tensor, rank: int) -> Tensor | None:
             top, wanted = values[-rank:], vectors[:, -rank:]
             gap = (top - values[0]).clamp(min=1e-6 * float(values[-1]))
             lost = float((residual[-rank:].square() / gap).sum())
-            rest = energy - float(top.sum())
+            rest = whole - float(top.sum())
             if lost <= 2 * EXCESS * rest:
                 return wanted.contiguous()
     return None
