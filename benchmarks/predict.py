@@ -3,13 +3,14 @@
     python benchmarks/predict.py [--size 2048] [--preset nano] [--classes 8] [--probabilities]
 
 The command runs in a process of its own (imports, model, reading, blending, COG). Then, in this
-process, a warm model runs forward over as many batches of the same size, one after the other, and
-nothing else. Both quotients are printed: of wall times, which means something on a quiet machine
-only, and of CPU-seconds, which also holds on a busy one if OMP_NUM_THREADS=1. So is the command's
-peak memory beside what importing and loading alone take.
+processes, a warm model runs forward over as many batches of the same size and nothing else: one
+after the other on all cores, as PyTorch does it, and side by side, as the command does it. Printed
+are the quotients by either of wall times, which mean something on a quiet machine only, and of
+CPU-seconds. So is the command's peak memory beside what importing and loading alone take.
 """
 
 import argparse
+import itertools
 import json
 import os
 import subprocess
@@ -29,6 +30,7 @@ from model.config import ModelConfig, TaskConfig
 from model.encoder import RingMoE
 from model.normalisation import Normalisation
 from model.tasks.network import TaskNetwork
+from ringmoe_cli.jobs.compute import LANES, Lanes, computed, in_order
 from ringmoe_cli.jobs.maps import load_mapper
 from ringmoe_cli.jobs.opening import Wish
 from ringmoe_cli.scene.stitch import Lattice
@@ -104,26 +106,46 @@ def command(scene: Path, model: Path, extra: list[str]) -> tuple[float, float, f
     return wall, used.ru_utime + used.ru_stime, int(said.split("peak")[1]) / 1024
 
 
-def forward_seconds(model: Path, height: int, width: int) -> tuple[float, float, int]:
-    """Wall and CPU time of the forward pass over the scene's windows, and their number.
+def forward(model: Path, height: int, width: int, lanes: int) -> dict[str, float]:
+    """Wall and CPU seconds of the forward pass over the scene's windows, and their number.
 
     Some batches are timed, until `SAMPLE` CPU-seconds have passed; the times are counted for all.
     """
-    mapper = load_mapper(model, Wish())
+    Lanes.open(lanes)
+    mapper = computed(lambda: load_mapper(model, Wish()))
     network, settings = mapper.network, mapper.settings
     lattice = Lattice(height, width, settings.window, settings.overlap)
     windows = lattice.rows * lattice.columns
-    torch.manual_seed(0)
     shape = (settings.batch, 1, 4, settings.window, settings.window)
-    batches = [Batch(images={"ms": torch.randn(shape)}) for _ in range(4)]
-    for batch in batches:
-        network.predict(batch)
-    wall, cpu, timed = time.perf_counter(), time.process_time(), 0
-    while timed < windows / settings.batch and time.process_time() - cpu < SAMPLE:
-        network.predict(batches[timed % 4])
-        timed += 1
-    share = windows / settings.batch / timed
-    return (time.perf_counter() - wall) * share, (time.process_time() - cpu) * share, windows
+    rng = np.random.default_rng(0)
+    images = [rng.standard_normal(shape, np.float32) for _ in range(4)]
+    batches = [Batch(images={"ms": torch.from_numpy(x)}) for x in images]
+    count = windows / settings.batch
+
+    def predict(number: int) -> None:
+        with torch.inference_mode():
+            network.predict(batches[number % 4])
+
+    numbers = in_order(predict, itertools.count())
+    for _ in range(4):
+        next(numbers)
+    wall, cpu, done = time.perf_counter(), time.process_time(), 0
+    while done < count and time.process_time() - cpu < SAMPLE:
+        next(numbers)
+        done += 1
+    share = count / done
+    wall, cpu = time.perf_counter() - wall, time.process_time() - cpu
+    return {"wall": wall * share, "cpu": cpu * share, "windows": windows}
+
+
+def forward_elsewhere(model: Path, height: int, width: int, lanes: int) -> dict[str, float]:
+    """The same in a process of its own: threads that have computed disturb each other."""
+    given = [str(x) for x in (model, height, width, lanes)]
+    done = subprocess.run(
+        [sys.executable, __file__, "--forward", *given], check=True, capture_output=True
+    )
+    found: dict[str, float] = json.loads(done.stdout)
+    return found
 
 
 def main() -> None:
@@ -133,7 +155,12 @@ def main() -> None:
     parser.add_argument("--preset", default="nano")
     parser.add_argument("--classes", type=int, default=8)
     parser.add_argument("--probabilities", action="store_true")
+    parser.add_argument("--forward", nargs=4, help=argparse.SUPPRESS)
     given = parser.parse_args()
+    if given.forward:
+        model, *numbers = given.forward
+        print(json.dumps(forward(Path(model), *map(int, numbers))))
+        return
     height = given.height or given.size
     extra = ["--probabilities"] if given.probabilities else []
     with tempfile.TemporaryDirectory() as folder:
@@ -145,14 +172,19 @@ def main() -> None:
                 [sys.executable, "-c", IDLE, str(model)], check=True, capture_output=True
             ).stdout
         ) / 1024  # fmt: skip
-        forward, forward_cpu, windows = forward_seconds(model, height, given.size)
+        alone = forward_elsewhere(model, height, given.size, 1)
+        together = forward_elsewhere(model, height, given.size, LANES)
         wall, cpu, peak = command(scene, model, extra)
     print(
         json.dumps({
-            "preset": given.preset, "height": height, "width": given.size, "windows": windows,
-            "classes": given.classes, "whole_s": round(wall, 2), "forward_s": round(forward, 2),
-            "ratio": round(wall / forward, 3), "whole_cpu_s": round(cpu, 1),
-            "forward_cpu_s": round(forward_cpu, 1), "cpu_ratio": round(cpu / forward_cpu, 3),
+            "preset": given.preset, "height": height, "width": given.size,
+            "windows": together["windows"],
+            "classes": given.classes, "whole_s": round(wall, 2),
+            "forward_s": round(alone["wall"], 2), "side_by_side_s": round(together["wall"], 2),
+            "ratio": round(wall / alone["wall"], 3),
+            "ratio_side_by_side": round(wall / together["wall"], 3),
+            "whole_cpu_s": round(cpu, 1), "forward_cpu_s": round(alone["cpu"], 1),
+            "side_by_side_cpu_s": round(together["cpu"], 1),
             "threads": torch.get_num_threads(), "load": round(os.getloadavg()[0], 1),
             "peak_mb": round(peak), "imports_and_model_mb": round(idle),
             "peak_minus_idle_mb": round(peak - idle),

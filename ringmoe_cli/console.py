@@ -5,6 +5,7 @@ Only rank 0 of a distributed run speaks. `NO_COLOR` is honoured; pipes get plain
 
 import json
 import os
+import re
 import sys
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -13,6 +14,13 @@ from typing import Any
 
 PLAIN_SECONDS = 15.0
 """Between two progress lines where stderr is not a terminal."""
+
+SECRETS = re.compile(
+    r"(?<=://)[^/\s@]+(?=@)"  # user:password@
+    r"|(?<=[?&])(?:X-Amz|X-Goog|sig|se|token|AWSAccessKeyId|Signature)[^=&\s]*=[^&\s\"']+",
+    re.IGNORECASE,
+)
+"""What a URL holds to be let in."""
 
 
 class State:
@@ -27,12 +35,17 @@ def is_main_process() -> bool:
     return int(os.environ.get("RANK", os.environ.get("SLURM_PROCID", "0"))) == 0
 
 
+def hidden(text: str) -> str:
+    """The text without the credentials of URLs in it."""
+    return SECRETS.sub("***", text)
+
+
 def result(value: object) -> None:
     """Print one result to stdout: a path or line of text, or a mapping as one JSON line."""
     if not is_main_process():
         return
     text = json.dumps(value, default=plain) if isinstance(value, Mapping) else str(value)
-    sys.stdout.write(text + "\n")
+    sys.stdout.write(hidden(text) + "\n")
     sys.stdout.flush()
 
 
@@ -44,18 +57,18 @@ def plain(value: Any) -> Any:
 def say(text: str) -> None:
     """Say something useful on stderr."""
     if is_main_process() and not State.quiet:
-        sys.stderr.write(text + "\n")
+        sys.stderr.write(hidden(text) + "\n")
 
 
 def warn(text: str) -> None:
     """Say what may surprise; not silenced by `--quiet`."""
     if is_main_process():
-        sys.stderr.write(f"warning: {text}\n")
+        sys.stderr.write(f"warning: {hidden(text)}\n")
 
 
 def error(text: str) -> None:
     """The one line of a failed command."""
-    sys.stderr.write(f"error: {text}\n")
+    sys.stderr.write(f"error: {hidden(text)}\n")
 
 
 def on_terminal() -> bool:

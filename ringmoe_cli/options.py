@@ -40,3 +40,32 @@ Recipe = Annotated[
 AllowRemote = Annotated[
     bool, typer.Option("--allow-remote", help="Let GDAL read URLs and files outside the folder.")
 ]
+Scale = Annotated[
+    str | None,
+    typer.Option("--scale", help="factor[,offset], or dn, reflectance, amplitude, sigma0, db."),
+]
+Metres = Annotated[
+    float | None, typer.Option("--gsd", help="Metres per pixel, for scenes that do not say.")
+]
+SkipBad = Annotated[
+    bool, typer.Option("--skip-bad", help="Unreadable blocks become nodata, with a warning.")
+]
+WindowsPerBatch = Annotated[
+    int | None, typer.Option("--batch", help="Windows per batch.", show_default="by size")
+]
+Stac = Annotated[
+    bool, typer.Option("--stac", help="Write a STAC item beside each scene's outputs.")
+]
+
+
+def chosen_model(model: Path | None) -> Path:
+    """The checkpoint that the user named.
+
+    Raises:
+        BadParameter: if none was.
+    """
+    if model is None:
+        raise typer.BadParameter(
+            "run `ringmoe demo` to get a model, or pass --model DIR or set RINGMOE_MODEL"
+        )
+    return model

@@ -18,6 +18,16 @@ def test_results_and_talk_take_different_streams(capsys: pytest.CaptureFixture[s
     assert shown.err == "reading\nwarning: no CRS\n"
 
 
+def test_credentials_of_urls_are_not_shown(capsys: pytest.CaptureFixture[str]) -> None:
+    console.warn(
+        "https://ann:pass@host/a.tif?x=1&X-Amz-Signature=0f3&sig=ab%2Fc is far; a?b=c, a@b"
+    )
+    console.result({"scene": "https://host/a.tif?token=t0k3n"})
+    shown = capsys.readouterr()
+    assert shown.err == "warning: https://***@host/a.tif?x=1&***&*** is far; a?b=c, a@b\n"
+    assert json.loads(shown.out) == {"scene": "https://host/a.tif?***"}
+
+
 def test_json_knows_numpy_and_paths(capsys: pytest.CaptureFixture[str]) -> None:
     console.result({"area": np.float32(2.5), "counts": np.arange(2), "path": Path("a")})
     assert json.loads(capsys.readouterr().out) == {"area": 2.5, "counts": [0, 1], "path": "a"}

@@ -2,6 +2,7 @@
 # ruff: noqa: F401, F811 - fixtures are imported
 
 import json
+from pathlib import Path
 
 import geopandas
 import numpy as np
@@ -12,6 +13,7 @@ import torch
 import xarray
 from mapping import BANDS, CONFIG, NORM, model, normalised, scene, write_scene
 from PIL import Image
+from rasterio.warp import transform_bounds
 from rio_cogeo import cog_validate
 from sklearn.decomposition import PCA
 from typer.testing import CliRunner
@@ -25,6 +27,7 @@ from ringmoe_cli.errors import RingmoeError
 from ringmoe_cli.jobs.embedding import load_embedder, principal_components
 from ringmoe_cli.jobs.opening import Wish
 from ringmoe_cli.scene.grid import Grid, Window
+from ringmoe_cli.scene.maps.strips import SkipBad
 from ringmoe_cli.scene.maps.zarrmap import ZarrWriter
 from ringmoe_cli.scene.writer import Layer
 
@@ -46,7 +49,7 @@ def run(*arguments):
 
 def features_of(encoder, path, window, stage):
     """The obvious way: one window through the encoder."""
-    strip = normalised(path).read(window)
+    strip = SkipBad().read(normalised(path), window)
     valid = torch.from_numpy(strip.valid["ms"][:, None])
     with torch.inference_mode():
         encoding = RingMoE.from_pretrained(encoder).encode(
@@ -207,6 +210,20 @@ def test_interrupted_vectors_continue(encoder, scene, monkeypatch):
     monkeypatch.setattr(RingMoE, "encode", encode)
     load_embedder(encoder, Wish(), batch=2).vectors(str(scene))
     assert whole.read_bytes() == first
+
+
+@pytest.mark.parametrize("asked", [(), ("--dense",), ("--dense", "--zarr")])
+def test_a_stac_item_tells_where_the_features_are(encoder, scene, asked):
+    done = run(scene, "-m", encoder, "--stac", "--json", *asked)
+    said = json.loads(done.stdout)
+    item = json.loads(Path(said["stac"]).read_text())
+    (asset,) = item["assets"].values()
+    assert Path(said["stac"]).parent / asset["href"] == Path(said["output"])
+    assert item["properties"]["ringmoe:task"] == "embedding"
+    with rasterio.open(scene) as src:
+        west, south, east, north = transform_bounds(src.crs, "EPSG:4326", *src.bounds)
+    cells = 4e-3  # the last ones hang over the scene
+    np.testing.assert_allclose(item["bbox"], [west, south, east, north], atol=cells)
 
 
 def failure(*arguments):

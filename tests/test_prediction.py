@@ -31,7 +31,7 @@ from model.normalisation import Normalisation
 from ringmoe_cli.errors import BadBlockError, RingmoeError
 from ringmoe_cli.jobs.answers import Settings, predict_rows
 from ringmoe_cli.scene.grid import Window
-from ringmoe_cli.scene.maps.product import ClassMap
+from ringmoe_cli.scene.maps.product import ClassMap, counts_in_cells, most_probable
 from ringmoe_cli.scene.maps.strips import Normalised, SkipBad
 from ringmoe_cli.scene.reader import SceneReader
 from ringmoe_cli.scene.resample import Resampled
@@ -68,6 +68,18 @@ def test_normalisation_is_the_checkpoints_on_physical_values(model, scene):
     values, valid = reader.physical(next(open_scene(scene).grid.windows(32, 24)))
     np.testing.assert_array_equal(seen[0].images["ms"][0, 0], NORM.apply(values, valid[None]))
     np.testing.assert_array_equal(seen[0].valid["ms"][0, 0, 0], valid)
+
+
+def test_most_probable_classes_and_their_counts_are_numpys():
+    rng = np.random.default_rng(0)
+    probabilities = rng.integers(0, 4, (5, 300, 700)).astype(np.float32) / 4  # many ties
+    classes, best = most_probable(probabilities)
+    np.testing.assert_array_equal(classes, probabilities.argmax(0))
+    np.testing.assert_array_equal(best, probabilities.max(0))
+    classes[:7, :9] = 255
+    cells = [classes[:, at : at + 256] for at in (0, 256, 512)]
+    expected = [np.bincount(cell.ravel(), minlength=256)[:5] for cell in cells]
+    np.testing.assert_array_equal(counts_in_cells(classes, 5, 256), expected)
 
 
 def test_empty_windows_are_not_computed(tmp_path):

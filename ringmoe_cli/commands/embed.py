@@ -11,12 +11,18 @@ from ringmoe_cli.options import (
     Bands,
     Device,
     Json,
+    Metres,
     ModalityName,
     Model,
     Output,
     Overwrite,
     Quiet,
+    Scale,
     Scenes,
+    SkipBad,
+    Stac,
+    WindowsPerBatch,
+    chosen_model,
 )
 
 
@@ -45,20 +51,13 @@ def embed(
     overlap: Annotated[
         float, typer.Option(help="Share (or pixels, from 1) that windows overlap (dense).")
     ] = 0.25,
-    batch: Annotated[
-        int | None, typer.Option(help="Windows per batch.", show_default="by size")
-    ] = None,
+    batch: WindowsPerBatch = None,
     modality: ModalityName = None,
     bands: Bands = None,
-    scale: Annotated[
-        str | None, typer.Option(help="factor[,offset], or dn, reflectance, amplitude, sigma0, db.")
-    ] = None,
-    gsd: Annotated[
-        float | None, typer.Option(help="Metres per pixel, for scenes that do not say.")
-    ] = None,
-    skip_bad: Annotated[
-        bool, typer.Option("--skip-bad", help="Unreadable blocks become nodata, with a warning.")
-    ] = False,
+    scale: Scale = None,
+    gsd: Metres = None,
+    stac: Stac = False,
+    skip_bad: SkipBad = False,
     device: Device = "auto",
     allow_remote: AllowRemote = False,
     as_json: Json = False,
@@ -71,10 +70,7 @@ def embed(
         ringmoe embed scene.tif --model runs/pre --dense --stage 2 --pca 16 --quicklook look.png
         ringmoe embed scene.tif --model runs/pre --dense --dtype int8 -o features.zarr
     """
-    if model is None:
-        raise typer.BadParameter(
-            "run `ringmoe demo` to get a model, or pass --model DIR or set RINGMOE_MODEL"
-        )
+    directory = chosen_model(model)
     if dtype not in ("float16", "int8"):
         raise typer.BadParameter(f"--dtype {dtype}: say float16 or int8")
     if (pca or quicklook or zarr) and not dense:
@@ -89,10 +85,10 @@ def embed(
     wish = Wish(
         output=output, overwrite=overwrite, modality=modality, scale=scale, gsd=gsd,
         bands=tuple(bands.split(",")) if bands else None,
-        allow_remote=allow_remote, skip_bad=skip_bad,
+        allow_remote=allow_remote, skip_bad=skip_bad, stac=stac,
     )  # fmt: skip
     embedder = computed(lambda: load_embedder(
-        Path(model), wish, stage=stage, device=device, window=window, overlap=overlap, batch=batch
+        directory, wish, stage=stage, device=device, window=window, overlap=overlap, batch=batch
     ))  # fmt: skip
 
     def work(path: str) -> dict[str, object]:

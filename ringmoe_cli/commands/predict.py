@@ -11,12 +11,18 @@ from ringmoe_cli.options import (  # fmt: skip
     Bands,
     Device,
     Json,
+    Metres,
     ModalityName,
     Model,
     Output,
     Overwrite,
     Quiet,
+    Scale,
     Scenes,
+    SkipBad,
+    Stac,
+    WindowsPerBatch,
+    chosen_model,
 )
 
 
@@ -34,17 +40,13 @@ def predict(
     overlap: Annotated[
         float, typer.Option(help="Share (or pixels, from 1) that neighbouring windows overlap.")
     ] = 0.25,
-    batch: Annotated[
-        int | None, typer.Option(help="Windows per batch.", show_default="by size")
-    ] = None,
+    batch: WindowsPerBatch = None,
     tta: Annotated[
         str, typer.Option(help="`flips`: average over the four mirror images.")
     ] = "none",
     modality: ModalityName = None,
     bands: Bands = None,
-    scale: Annotated[
-        str | None, typer.Option(help="factor[,offset], or dn, reflectance, amplitude, sigma0, db.")
-    ] = None,
+    scale: Scale = None,
     beside: Annotated[
         list[str] | None,
         typer.Option("--with", help="A co-registered scene of another modality (fused models)."),
@@ -52,9 +54,7 @@ def predict(
     before: Annotated[
         str | None, typer.Option(help="The earlier date of the scene (change models).")
     ] = None,
-    gsd: Annotated[
-        float | None, typer.Option(help="Metres per pixel, for scenes that do not say.")
-    ] = None,
+    gsd: Metres = None,
     no_resample: Annotated[
         bool,
         typer.Option("--no-resample", help="Refuse scenes far from the model's metres per pixel."),
@@ -71,12 +71,8 @@ def predict(
     mosaic: Annotated[
         Path | None, typer.Option(help="Also join the maps of all scenes in this file.")
     ] = None,
-    stac: Annotated[
-        bool, typer.Option("--stac", help="Write a STAC item beside each scene's outputs.")
-    ] = False,
-    skip_bad: Annotated[
-        bool, typer.Option("--skip-bad", help="Unreadable blocks become nodata, with a warning.")
-    ] = False,
+    stac: Stac = False,
+    skip_bad: SkipBad = False,
     co: Annotated[
         list[str] | None, typer.Option("--co", help="Creation option of the COG: NAME=VALUE.")
     ] = None,
@@ -114,10 +110,7 @@ def predict(
         ringmoe predict *.tif --model runs/seg -o maps/ --mosaic all.tif --stac
         RINGMOE_MODEL=runs/seg ringmoe predict scene.tif -o maps/ --probabilities
     """
-    if model is None:
-        raise typer.BadParameter(
-            "run `ringmoe demo` to get a model, or pass --model DIR or set RINGMOE_MODEL"
-        )
+    directory = chosen_model(model)
     if tta not in ("none", "flips"):
         raise typer.BadParameter(f"--tta {tta}: say flips or none")
     if dem and not warp:
@@ -139,9 +132,7 @@ def predict(
         gsd=gsd, mask=mask, no_resample=no_resample, sure=score,
         warp=Warp(warp, dem) if warp else None, stac=stac,
     )  # fmt: skip
-    order = Order(
-        Path(model), wish, device, window, overlap, batch, tta == "flips", stream, compiled
-    )
+    order = Order(directory, wish, device, window, overlap, batch, tta == "flips", stream, compiled)
     paths = list(scene_list(scenes))
     if paths == [pipes.STDIN] or pipes.is_stdout(output):
         if len(paths) != 1 or mosaic or stac:

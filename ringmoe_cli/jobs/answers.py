@@ -15,15 +15,15 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from model.batch import Batch, Prediction
-from ringmoe_cli.jobs.compute import in_order
+from ringmoe_cli.jobs.compute import LANES, in_order
 from ringmoe_cli.jobs.lane import Fetched, Lane
 from ringmoe_cli.scene.maps.product import Rows
 from ringmoe_cli.scene.maps.strips import Normalised, SkipBad, Windows, window_batches
 from ringmoe_cli.scene.stitch import Lattice, Stitcher
 from ringmoe_cli.scene.store.ahead import ahead
 
-BATCH_PIXELS = 4 * 192 * 192
-"""Pixels per batch on a CPU: enough tokens per expert, and little memory."""
+PIXELS = 4 * 192 * 192
+"""Pixels at work at once on a CPU: enough tokens per expert, and little memory."""
 GPU_BATCHES = 4
 """Times as many on a GPU."""
 
@@ -60,9 +60,15 @@ class Settings:
         batch: int | None = None,
         device: str = "cpu",
         flips: bool = False,
+        alone: bool = False,
     ) -> "Settings":
-        """Settings with their defaults: a quarter of overlap, batches of a fixed pixel count."""
-        pixels = BATCH_PIXELS * (GPU_BATCHES if device.startswith("cuda") else 1)
+        """Settings with their defaults: a quarter of overlap, batches of a fixed pixel count.
+
+        On a CPU batches are computed side by side, unless one is computed `alone`.
+        """
+        pixels = PIXELS // (1 if alone else LANES)
+        if device.startswith("cuda"):
+            pixels = PIXELS * GPU_BATCHES
         share = 0.25 if overlap is None else overlap
         pixels_shared = round(share * window) if share < 1 else round(share)
         return cls(window, pixels_shared, batch or max(1, pixels // window**2), device, flips)

@@ -21,7 +21,7 @@ from ringmoe_cli.jobs.compute import computed
 from ringmoe_cli.jobs.maps import check_free, output_path
 from ringmoe_cli.jobs.opening import Opener, Wish, about_scenes
 from ringmoe_cli.jobs.prediction import Job, Report, predict_scene
-from ringmoe_cli.jobs.summary import model_identity
+from ringmoe_cli.jobs.summary import described, model_identity
 from ringmoe_cli.machine import chosen_device, use_memory_steadily
 from ringmoe_cli.scene.maps.product import FeatureMap, Vectors
 from ringmoe_cli.scene.maps.strips import Normalised, SkipBad, window_batches
@@ -155,7 +155,7 @@ class Embedder:
         job = Job(network, fitted, product, settings, skip_bad=self.wish.skip_bad)
         report = predict_scene(job, outputs, about=self.about(fitted), finish=finish)
         tiles = sum(int(sums["valid"].sum()) for _, _, sums in report.sums)
-        return self.said(path, report, tiles=tiles)
+        return self.said(path, fitted, report, tiles=tiles)
 
     def dense(
         self, path: str, components: int | None, dtype: str, suffix: str = ".tif"
@@ -175,7 +175,7 @@ class Embedder:
         about = {**self.about(fitted), "product": [channels, dtype, product.scales]}
         job = Job(answering, fitted, product, self.settings, skip_bad=self.wish.skip_bad)
         report = predict_scene(job, outputs, about=about, options=self.wish.options)
-        return self.said(path, report, stage=self.features.stage + 1, bands=channels)
+        return self.said(path, fitted, report, stage=self.features.stage + 1, bands=channels)
 
     def samples(self, network: Features, source: Normalised) -> Tensor:
         """Features (N, C) of some batches spread over the scene.
@@ -214,11 +214,13 @@ class Embedder:
             "model": self.identity, "scenes": about_scenes(source), "stage": self.features.stage,
         }  # fmt: skip
 
-    def said(self, path: str, report: Report, **more: Any) -> dict[str, Any]:
+    def said(self, path: str, source: Normalised, report: Report, **more: Any) -> dict[str, Any]:
         """What happened, for `--json`."""
         for place in report.skipped:
             console.warn(f"left out: {place}")
         output = str(next(iter(report.outputs.values())))
+        if self.wish.stac:
+            more["stac"] = described(report.outputs, path, source, "embedding")
         return {"scene": path, "output": output, **more, "seconds": round(report.seconds, 3)}
 
 

@@ -136,7 +136,7 @@ def load_mapper(
     assert config.task is not None
     where = chosen_device(device)
     side = window or config.task.window
-    settings = Settings.of(side, overlap, batch, where, flips)
+    settings = Settings.of(side, overlap, batch, where, flips, alone=streamed or compiled)
     if not 0 <= settings.overlap < side or side < config.model.patch_size:
         raise RingmoeError(
             f"--window {side} with --overlap {overlap} leaves no step between windows"
