@@ -187,7 +187,7 @@ def spread_all(ep: int, module: "nn.Module") -> None:
 
 def wasted(ranks: int, ep: int, overhead: float) -> float:
     """Share that the allocator takes on top of what an update of the other model needs."""
-    found, work = measure("other", ranks, ep), Workload.of(config_of("other"), 4, True)
+    found, work = wasted_by_other(ranks, ep), Workload.of(config_of("other"), 4, True)
     layout = Layout(ep, IMAGES["other"] // ranks, 1, checkpointing=False)
     cost = estimate(work, Cluster(ranks, 1e12, whole=True), layout)
     state = cost.weights + cost.optimiser
@@ -277,6 +277,12 @@ def launch(mode: str, preset: str, ranks: int, ep: int, threads: int = 1) -> Any
     environment = {**os.environ, "OMP_NUM_THREADS": str(threads)}
     subprocess.run([*program, *words], check=True, env=environment)
     return json.loads(out.read_text())
+
+
+@functools.cache
+def wasted_by_other(ranks: int, ep: int) -> Measured:
+    """The other model, once per layout."""
+    return measure("other", ranks, ep)
 
 
 def measure(preset: str, ranks: int, ep: int, threads: int = 1) -> Measured:
