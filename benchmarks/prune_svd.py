@@ -2,7 +2,8 @@
 
     python benchmarks/prune_svd.py --width 1792
 
-CPU seconds of this process (the better of three alternating runs), errors relative to the SVD's own (which is the smallest possible).
+CPU seconds of this process (the better of three alternating runs), errors relative to the SVD's
+own (which is the smallest possible).
 """
 
 import argparse
