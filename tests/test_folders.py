@@ -2,7 +2,6 @@
 
 import numpy as np
 import pytest
-import torch
 from PIL import Image
 
 from model.batch import Batch
@@ -136,21 +135,6 @@ def test_image_and_label_are_moved_and_turned_together():
         assert (batch.targets["classes"][valid] == expected[valid].long()).all()
         seen |= {tuple(np.sign([float(r[1, 0] - r[0, 0]), float(r[0, 1] - r[0, 0])])) for r in rows}
     assert len(seen) >= 4  # turned in several ways
-
-
-def test_whole_images_are_moved_by_up_to_an_eighth_and_mirrored_at_the_edge():
-    from ringmoe_cli.scene.labelled.examples import drawn_move, with_moves
-
-    ramp = torch.arange(5.0).expand(1, 1, 1, 5, 5)
-    right, left = (with_moves(ramp, [(0, k)])[0, 0, 0, 0].tolist() for k in (2, -1))
-    assert right == [2, 1, 0, 1, 2]
-    assert left == [1, 2, 3, 4, 3]
-    down = with_moves(ramp.mT.contiguous(), [(1, 0)])[0, 0, 0]
-    assert down[:, 0].tolist() == [1, 0, 1, 2, 3]
-    drawn = np.array([drawn_move(0, n, 64) for n in range(200)])
-    assert drawn.min() == -8
-    assert drawn.max() == 8
-    assert drawn_move(0, 5, 64) == drawn_move(0, 5, 64)
 
 
 def test_radar_amplitudes_are_moved_and_given_other_gains_but_never_turned():

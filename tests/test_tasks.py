@@ -2,6 +2,7 @@
 
 from dataclasses import replace
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
@@ -281,3 +282,18 @@ def test_the_bin_term_is_the_chamfer_distance():
     values = torch.tensor([[0.5, 4.0, float("nan")]])
     # To the nearest value: .25, .25, 0; to the nearest centre: .25, 0.
     assert chamfer(centres, values).item() == pytest.approx(0.5 / 3 + 0.25 / 2)
+
+
+def test_whole_images_are_moved_by_up_to_an_eighth_and_mirrored_at_the_edge():
+    from ringmoe_cli.scene.labelled.examples import drawn_move, with_moves
+
+    ramp = torch.arange(5.0).expand(1, 1, 1, 5, 5)
+    right, left = (with_moves(ramp, [(0, k)])[0, 0, 0, 0].tolist() for k in (2, -1))
+    assert right == [2, 1, 0, 1, 2]
+    assert left == [1, 2, 3, 4, 3]
+    down = with_moves(ramp.mT.contiguous(), [(1, 0)])[0, 0, 0]
+    assert down[:, 0].tolist() == [1, 0, 1, 2, 3]
+    drawn = np.array([drawn_move(0, n, 64) for n in range(200)])
+    assert drawn.min() == -8
+    assert drawn.max() == 8
+    assert drawn_move(0, 5, 64) == drawn_move(0, 5, 64)
