@@ -20,7 +20,9 @@ which takes longer than the product, and experts see another number in every bat
 
 
 def runs(x: Tensor) -> bool:
-    """Whether oneDNN computes this."""
+    """Whether oneDNN computes this; a compiler has products of its own."""
+    if torch.compiler.is_compiling():
+        return False
     if not (x.is_cpu and torch.backends.mkldnn.is_available() and torch.backends.mkldnn.enabled):
         return False
     return x.dtype == torch.float32 or (
