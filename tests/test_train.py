@@ -25,9 +25,6 @@ from model.train import (
     train,
 )
 
-COMPILER = [pytest.mark.slow, pytest.mark.timeout(1800)]
-"""Marks of tests that wait for the C++ compiler."""
-
 
 @dataclass
 class Error:
@@ -205,8 +202,10 @@ def test_recomputation_keeps_fewer_activations() -> None:
     assert kept[1] < 0.6 * kept[0]
 
 
+@pytest.mark.slow
+@pytest.mark.timeout(1800)
 @pytest.mark.filterwarnings("ignore")  # the compiler has many of its own
-@pytest.mark.parametrize("backend", ["aot_eager", pytest.param("inductor", marks=COMPILER)])
+@pytest.mark.parametrize("backend", ["aot_eager", "inductor"])
 def test_compiled_blocks_give_the_same_losses(tmp_path: Path, backend: str) -> None:
     for compiled in (False, True):
         net = training.network()
