@@ -1,5 +1,7 @@
 """All rows of the tables of tasks, one after the other; a stopped queue goes on where it was.
 
+Several queues may share WORK: each row is made by the queue that locks it first.
+
     OMP_NUM_THREADS=1 nohup nice -n 5 python benchmarks/tasks_queue.py DATA WORK [PRETRAINED] &
     python benchmarks/tasks_table.py WORK
 
@@ -8,11 +10,14 @@ PRETRAINED is a checkpoint; rows that need one wait until it is there. `WORK/pre
 known; rows that failed stand in `WORK/failed.jsonl` and are tried again by the next queue.
 """
 
+import fcntl
 import json
 import os
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 from tasks_dense import rows_of
@@ -36,11 +41,9 @@ def order() -> list[tuple[str, str]]:
     small = [n for n in maps if n not in large + floods]
     rows = [(n, m) for n in [*large, "mstar-clutter"] for m in ("trivial", "linear", "forest")]
     rows += [(n, m) for n in ("mstar", "eurosat") for m in ("pixels", "forest-pixels")]
-    rows += [(n, "full") for n in (*large[:3], "floods-both", *small)] + [
-        ("floods-both", "missing")
-    ]
+    rows += [(n, "full") for n in (*large[:3], "floods-both", "levir", "sar-change", "kit")]
     rows += [("wpafb", m) for m in ("still", "difference", "tracking-pretrained")]
-    rows += [("kit", m) for m in ("box-forest", "full")]
+    rows += [(n, "full") for n in small] + [("kit", "box-forest"), ("floods-both", "missing")]
     rows += [(n, m) for n in ("airsar", "mstar", "eurosat") for m in ("random-full", "frozen")]
     rows += [(n, m) for n in maps for m in ("trivial", "linear", "forest")]
     rows += [(n, "cnn") for n in ("airsar", "mstar", "eurosat")] + [("mstar-clutter", "full")]
@@ -110,11 +113,26 @@ def queue(data: Path, work: Path, pretrained: Path | None) -> None:
         possible = [(n, m) for n, m in left if ready or m not in NEEDS]
         if possible:
             tried.add("/".join(possible[0]))
-            one(data, work, *possible[0], pretrained if ready else None)
+            with claimed(work, possible[0]) as mine:
+                if mine:
+                    one(data, work, *possible[0], pretrained if ready else None)
         elif left and pretrained is not None:
             time.sleep(WAIT)
         else:
             return
+
+
+@contextmanager
+def claimed(work: Path, row: tuple[str, str]) -> Iterator[bool]:
+    """Whether no other queue makes this row, nor has just made it; a killed one lets it go."""
+    (work / "claims").mkdir(exist_ok=True)
+    with (work / "claims" / "-".join(row)).open("w") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            yield False
+            return
+        yield "/".join(row) not in {r.get("key") for r in rows_of(work)}
 
 
 if __name__ == "__main__":

@@ -62,7 +62,7 @@ class Case:
         )  # fmt: skip
 
 
-FEW_UPDATES = 40
+FEW_UPDATES = 100
 """Updates on sets of under 20 images."""
 BLOCKS = "held-out blocks of 128 pixels (64 in small scenes) that no training window touches"
 SAR = ("sar-l2",)
@@ -118,7 +118,7 @@ CASES = {
     "lakes": Case(("{data}/08_detection/bhuvan_lake_river",), "detection", 80, 4, 192,
                   classes="lake,river", modalities=("opt",),
                   protocol="as shipped: 79 images train, 18 are the test"),
-    "kit": Case(("{work}/kit",), "detection", 120, 8, 96, classes="car,minibus",
+    "kit": Case(("{work}/kit",), "detection", 150, 8, 96, classes="car,minibus",
                 modalities=("opt",),
                 protocol="one street: frames 1-14 train, 17-20 are the test; the same parked cars "
                          "are in both"),

@@ -138,7 +138,7 @@ class TableBias(nn.Module):
     def __init__(self, window: int, heads: int) -> None:
         super().__init__()
         self.window = window
-        self.table = nn.Parameter(torch.empty((2 * window - 1) ** 2, heads))
+        self.table = nn.Parameter(torch.zeros((2 * window - 1) ** 2, heads))
 
     def forward(self) -> Tensor:
         """(heads, N, N)."""

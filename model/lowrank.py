@@ -43,21 +43,18 @@ def truncated(matrix: Tensor, rank: int) -> Tensor:
     if matrix.shape[0] < matrix.shape[1]:
         return truncated(matrix.T, rank).T
     exact = matrix.to(torch.promote_types(matrix.dtype, torch.float32))
-    vectors = None
-    if exact.dtype == torch.float32 and matrix.shape[1] >= LARGE and 3 * rank <= matrix.shape[1]:
-        vectors = iterated(exact, rank)
+    large = exact.dtype == torch.float32 and exact.shape[1] >= LARGE
+    vectors = iterated(exact, rank) if large and 3 * rank <= exact.shape[1] else None
     if vectors is None:
         long = exact.double()
         vectors = torch.linalg.eigh(long.T @ long).eigenvectors[:, -rank:].to(exact.dtype)
-    return projected(
-        exact, vectors, rough=exact.dtype == torch.float32 and min(exact.shape) >= LARGE
-    )
+    return projected(exact, vectors, rough=large)
 
 
 def projected(matrix: Tensor, vectors: Tensor, rough: bool) -> Tensor:
     """A·V·Vᵀ; `rough`: by bfloat16 factors, unless their rounding would count in the error."""
     if rough:
-        with half_products(True):
+        with half_products():
             parts = matrix @ vectors
             captured = energy(parts)
             if captured < STEEP * (energy(matrix) - captured):
@@ -71,15 +68,14 @@ def energy(matrix: Tensor) -> float:
 
 
 @contextmanager
-def half_products(wanted: bool) -> Iterator[None]:
+def half_products() -> Iterator[None]:
     """Products of float32 matrices from bfloat16 factors, where the CPU is faster at them.
 
     Sums stay in float32; products of matrices that were bfloat16 are exact.
     """
     matmul: Any = torch.backends.mkldnn.matmul  # type: ignore[attr-defined]
     before = matmul.fp32_precision
-    if wanted:
-        matmul.fp32_precision = "bf16"
+    matmul.fp32_precision = "bf16"
     try:
         yield
     finally:
@@ -91,7 +87,7 @@ def iterated(matrix: Tensor, rank: int) -> Tensor | None:
     width = matrix.shape[1]
     count = rank + round(SPARE * width)
     generator = torch.Generator().manual_seed(0)
-    with half_products(True):
+    with half_products():
         gram = gram_of(matrix)
         whole = float(gram.diagonal().sum())
         start = torch.randn(width, count, generator=generator)

@@ -27,10 +27,14 @@ def chosen_device(name: str) -> str:
     if name == "auto":
         return "cuda" if torch.cuda.is_available() else "cpu"
     try:
-        torch.empty(1, device=name)
-    except (RuntimeError, AssertionError, NotImplementedError) as error:
-        text = str(error).splitlines()[0]
-        raise RingmoeError(f"--device {name} cannot be used here: {text}") from error
+        wanted = torch.device(name)
+    except RuntimeError as error:
+        raise RingmoeError(f"--device {name} is no device; say auto, cpu or cuda") from error
+    here = torch.accelerator.current_accelerator(check_available=True)
+    kinds = {"cpu"} | ({here.type} if here else set())
+    count = torch.accelerator.device_count() if wanted.type != "cpu" else 1
+    if wanted.type not in kinds or (wanted.index or 0) >= count:
+        raise RingmoeError(f"--device {name} is not here; use --device cpu")
     return name
 
 
@@ -42,20 +46,24 @@ def use_memory_steadily() -> None:
     """
     os.environ.setdefault("GDAL_CACHEMAX", str(GDAL_CACHE_MB))
     keep_few_kernels()
-    if sys.platform == "linux":
-        libc = ctypes.CDLL(None)
-        if hasattr(libc, "mallopt"):
-            libc.mallopt(MMAP_THRESHOLD, KEPT_BYTES)
-            libc.mallopt(TRIM_THRESHOLD, KEPT_BYTES)
-            libc.mallopt(ARENA_MAX, 1)  # what one thread frees, another may use
+    libc = glibc()
+    if libc:
+        libc.mallopt(MMAP_THRESHOLD, KEPT_BYTES)
+        libc.mallopt(TRIM_THRESHOLD, KEPT_BYTES)
+        libc.mallopt(ARENA_MAX, 1)  # what one thread frees, another may use
 
 
 def return_unused_memory() -> None:
     """Give back what loading a model left between its weights: 74 MB of `tiny`, packed."""
-    if sys.platform == "linux":
-        libc = ctypes.CDLL(None)
-        if hasattr(libc, "malloc_trim"):
-            libc.malloc_trim(0)
+    libc = glibc()
+    if libc:
+        libc.malloc_trim(0)
+
+
+def glibc() -> ctypes.CDLL | None:
+    """The C library, if it is the one whose memory can be steered."""
+    library = ctypes.CDLL(None) if sys.platform == "linux" else None
+    return library if hasattr(library, "malloc_trim") else None
 
 
 def keep_few_kernels() -> None:

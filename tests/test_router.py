@@ -80,7 +80,7 @@ def test_softmax_gates_teach_the_router_and_normalised_top1_gates_do_not():
         torch.nn.init.normal_(router.weight)
         assignment, _ = router(x_TD)
         (assignment.gate_N * torch.arange(12)).sum().backward()
-        assert bool((router.weight.grad.abs() > 1e-6).any()) == learns
+        assert bool((router.weight.grad.abs() > 1e-4).any()) == learns
 
 
 def test_routing_is_float32_under_autocast_and_in_a_bfloat16_model():

@@ -1,5 +1,6 @@
 """`ringmoe embed`: features of scenes, without any head or labels."""
 
+from functools import partial
 from pathlib import Path
 from typing import Annotated
 
@@ -76,7 +77,7 @@ def embed(
     if (pca or quicklook or zarr) and not dense:
         raise typer.BadParameter("--pca, --quicklook and --zarr belong to --dense")
     console.State.quiet = quiet
-    from ringmoe_cli.jobs.compute import computed
+    from ringmoe_cli.jobs.compute import loaded
     from ringmoe_cli.jobs.embedding import load_embedder
     from ringmoe_cli.jobs.maps import scene_list, work_through
     from ringmoe_cli.jobs.opening import Wish
@@ -87,9 +88,11 @@ def embed(
         bands=tuple(bands.split(",")) if bands else None,
         allow_remote=allow_remote, skip_bad=skip_bad, stac=stac,
     )  # fmt: skip
-    embedder = computed(lambda: load_embedder(
-        directory, wish, stage=stage, device=device, window=window, overlap=overlap, batch=batch
-    ))  # fmt: skip
+    load = partial(
+        load_embedder, directory, wish,
+        stage=stage, device=device, window=window, overlap=overlap, batch=batch,
+    )  # fmt: skip
+    embedder = loaded(load, device)
 
     def work(path: str) -> dict[str, object]:
         if not dense:

@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from model.batch import Batch, Prediction
-from ringmoe_cli.jobs.compute import LANES, in_order
+from ringmoe_cli.jobs.compute import in_order, lanes
 from ringmoe_cli.jobs.lane import Fetched, Lane
 from ringmoe_cli.scene.maps.product import Rows
 from ringmoe_cli.scene.maps.strips import Normalised, SkipBad, Windows, window_batches
@@ -64,11 +64,9 @@ class Settings:
     ) -> "Settings":
         """Settings with their defaults: a quarter of overlap, batches of a fixed pixel count.
 
-        On a CPU batches are computed side by side, unless one is computed `alone`.
+        Batches that are computed side by side (`compute.lanes`) share these pixels.
         """
-        pixels = PIXELS // (1 if alone else LANES)
-        if device.startswith("cuda"):
-            pixels = PIXELS * GPU_BATCHES
+        pixels = PIXELS // lanes(device, alone) * (GPU_BATCHES if device.startswith("cuda") else 1)
         share = 0.25 if overlap is None else overlap
         pixels_shared = round(share * window) if share < 1 else round(share)
         return cls(window, pixels_shared, batch or max(1, pixels // window**2), device, flips)

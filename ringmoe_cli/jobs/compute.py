@@ -15,11 +15,21 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from functools import cache
 from typing import TypeVar
 
+from ringmoe_cli.machine import chosen_device
+
 A = TypeVar("A")
 T = TypeVar("T")
 
 LANES = 2
 """Batches at once; each costs the memory of its activations."""
+
+
+def lanes(device: str, alone: bool = False) -> int:
+    """Batches that are computed at once: one on a GPU, or of a model that must work alone.
+
+    Not a question of the cores: what decides the bits is the same everywhere.
+    """
+    return 1 if alone or device != "cpu" else LANES
 
 
 @cache
@@ -61,6 +71,18 @@ class Lanes:
 def computed(work: Callable[[], T]) -> T:
     """What some work gives, done in a computing thread; its exceptions are raised here."""
     return Lanes.submit(work).result()
+
+
+def loaded(load: Callable[[], T], device: str, alone: bool = False) -> T:
+    """A model loaded in a computing thread, after sharing the cores as it needs them.
+
+    Args:
+        load: gives the model.
+        device: as the user named it.
+        alone: one batch at a time, because the model is streamed or compiled.
+    """
+    Lanes.open(lanes(chosen_device(device), alone))
+    return computed(load)
 
 
 def in_order(work: Callable[[A], T], items: Iterable[A]) -> Iterator[tuple[A, T]]:

@@ -6,7 +6,7 @@ in the same batches as by one process, so the map is the same.
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import lru_cache, partial
 from pathlib import Path
 from typing import Any
 
@@ -16,11 +16,10 @@ from ringmoe_cli import console
 from ringmoe_cli.cluster import Engine
 from ringmoe_cli.errors import OutputExistsError, RingmoeError
 from ringmoe_cli.jobs import object_maps
-from ringmoe_cli.jobs.compute import LANES, Lanes, computed
+from ringmoe_cli.jobs.compute import loaded
 from ringmoe_cli.jobs.maps import Mapper, Tally, is_folder, load_mapper
 from ringmoe_cli.jobs.objects import pairs
 from ringmoe_cli.jobs.opening import Wish
-from ringmoe_cli.machine import chosen_device
 from ringmoe_cli.scene.maps.part import save_band
 from ringmoe_cli.scene.maps.strips import SkipBad
 
@@ -45,13 +44,12 @@ class Order:
     compiled: bool = False
 
     def mapper(self) -> Mapper:
-        """The model, ready. Only one that is whole in main memory answers batches side by side."""
-        alone = self.streamed or self.compiled or chosen_device(self.device) != "cpu"
-        Lanes.open(1 if alone else LANES)
-        return computed(lambda: load_mapper(
-            self.model, self.wish, self.device, self.window, self.overlap, self.batch, self.flips,
-            self.streamed, self.compiled,
-        ))  # fmt: skip
+        """The model, ready."""
+        load = partial(
+            load_mapper, self.model, self.wish, self.device, self.window, self.overlap, self.batch,
+            self.flips, self.streamed, self.compiled,
+        )  # fmt: skip
+        return loaded(load, self.device, alone=self.streamed or self.compiled)
 
 
 @dataclass(frozen=True)
