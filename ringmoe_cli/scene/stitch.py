@@ -52,12 +52,12 @@ class Lattice:
         """Distance between the origins of neighbouring windows."""
         return self.window - self.overlap
 
-    @property
+    @cached_property
     def rows(self) -> int:
         """Rows of windows; the last one may overhang the scene."""
         return len(starts(self.height, self.window, self.stride))
 
-    @property
+    @cached_property
     def columns(self) -> int:
         """Columns of windows; the last one may overhang the scene."""
         return len(starts(self.width, self.window, self.stride))
@@ -148,8 +148,8 @@ class Stitcher:
         weights = self.lattice.tapers[1][column]
         known = self.lattice.overlap if column else 0  # columns that the windows before have begun
         shared = max(known, stride)  # columns that the next ones will add to
-        target[:, :, known:] = values[:, :, known:]
-        target[:, :, shared:] *= weights[shared:]
+        target[:, :, known:shared] = values[:, :, known:shared]
+        np.multiply(values[:, :, shared:], weights[shared:], out=target[:, :, shared:])
         target[:, :, :known] += values[:, :, :known] * weights[:known]
 
     def skip(self, row: int, column: int, count: int) -> None:

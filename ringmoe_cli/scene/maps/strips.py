@@ -140,6 +140,13 @@ class Strip:
             {m: x[..., rows, columns] for m, x in self.valid.items()},
         )
 
+    def cut(self, lattice: Lattice) -> "Strip":
+        """The windows that stand in it, as views with one more axis in front."""
+        return Strip(
+            {m: each(x, lattice) for m, x in self.images.items()},
+            {m: each(x, lattice) for m, x in self.valid.items()},
+        )
+
     def clear(self) -> None:
         """Nothing was measured here."""
         for m, x in self.images.items():
@@ -155,16 +162,18 @@ class Strip:
 
 @dataclass(frozen=True)
 class RowOfWindows:
-    """A row of windows: the strip of the scene that it covers, and where that holds anything."""
+    """A row of windows of the scene, as views of a strip, and where they hold anything."""
 
     number: int
     """Row of the lattice."""
-    strip: Strip
-    """`window` rows, all windows wide; its memory is used again two rows later."""
+    windows: Strip
+    """modality -> (columns, T, C, window, window); its memory is used again two rows later."""
     seen: NDArray[np.bool_]
-    """`Strip.seen` of it, (window, padded width)."""
+    """`Strip.seen` of the strip, (window, padded width)."""
     whole: dict[str, NDArray[np.bool_]]
-    """modality -> columns (padded width,) in which every date and row is valid."""
+    """modality -> which windows are valid in every date and pixel, (columns,)."""
+    some: NDArray[np.bool_]
+    """Which windows hold a valid pixel, (columns,)."""
 
 
 @dataclass(frozen=True)
@@ -214,6 +223,7 @@ def read_strips(
 ) -> Iterator[RowOfWindows]:
     """Rows of windows first..last; files are decoded in a thread of their own."""
     spare = [empty_strip(source, lattice.window, lattice.padded_width) for _ in range(STRIPS)]
+    views = [strip.cut(lattice) for strip in spare]
     pieces = ahead(read_pieces(source, lattice, first, last, skip), AHEAD)
     for number, parts in groupby(pieces, key=lambda piece: piece[0]):
         strip, above = spare[number % STRIPS], spare[(number - 1) % STRIPS]
@@ -228,8 +238,20 @@ def read_strips(
                 strip.part(rows, columns).clear()
             else:
                 source.put(strip, found, top, left)
-        whole = {m: np.asarray(v.all(axis=(0, 1))) for m, v in strip.valid.items()}
-        yield RowOfWindows(number, strip, strip.seen, whole)
+        yield row_of_windows(number, strip, views[number % STRIPS], lattice)
+
+
+def row_of_windows(number: int, strip: Strip, windows: Strip, lattice: Lattice) -> RowOfWindows:
+    """What is known about the windows that stand in a strip."""
+    seen = strip.seen
+    whole = {m: np.logical_and.reduce(v, axis=(0, 1)) for m, v in strip.valid.items()}
+    return RowOfWindows(
+        number,
+        windows,
+        seen,
+        whole={m: np.logical_and.reduce(each(v, lattice), axis=1) for m, v in whole.items()},
+        some=np.logical_or.reduce(each(np.logical_or.reduce(seen), lattice), axis=1),
+    )
 
 
 def read_pieces(
@@ -251,7 +273,7 @@ class Gathered:
 
     def __init__(self, source: Normalised, lattice: Lattice, count: int) -> None:
         """Make room for `count` windows."""
-        self.source, self.lattice = source, lattice
+        self.source = source
         self.offered = 0
         self.full: list[int] = []
         window = lattice.window
@@ -265,32 +287,26 @@ class Gathered:
 
     def add(self, row: RowOfWindows, columns: list[int]) -> None:
         """Take the windows at some neighbouring columns of a row, if they hold a valid pixel."""
-        left, end = columns[0], columns[-1]
-        pixels = slice(left * self.lattice.stride, end * self.lattice.stride + self.lattice.window)
-        if all(v[pixels].all() for v in row.whole.values()):
-            self.copy(row, columns, dict.fromkeys(row.whole, True))
+        some = slice(columns[0], columns[-1] + 1)
+        if all(w[some].all() for w in row.whole.values()):
+            self.copy(row, some, dict.fromkeys(row.whole, True))
             self.offered += len(columns)
             return
         for column in columns:
-            self.add_partial(row, column)
+            if row.some[column]:
+                whole = {m: bool(w[column]) for m, w in row.whole.items()}
+                self.copy(row, slice(column, column + 1), whole)
+            self.offered += 1
 
-    def add_partial(self, row: RowOfWindows, column: int) -> None:
-        """Take one window, unless it is empty."""
-        left = column * self.lattice.stride
-        pixels = slice(left, left + self.lattice.window)
-        if row.seen[:, pixels].any():
-            self.copy(row, [column], {m: bool(v[pixels].all()) for m, v in row.whole.items()})
-        self.offered += 1
-
-    def copy(self, row: RowOfWindows, columns: list[int], whole: dict[str, bool]) -> None:
+    def copy(self, row: RowOfWindows, some: slice, whole: dict[str, bool]) -> None:
         """Copy neighbouring windows."""
-        n, count = len(self.full), len(columns)
+        n, count = len(self.full), some.stop - some.start
         for m in self.images:
-            self.images[m][n : n + count] = windows_of(row.strip.images[m], self.lattice, columns)
+            self.images[m][n : n + count] = row.windows.images[m][some]
             if not whole[m]:
                 if m not in self.valid:
                     self.valid[m] = np.ones(self.shape, np.bool_)
-                self.valid[m][n : n + count] = windows_of(row.strip.valid[m], self.lattice, columns)
+                self.valid[m][n : n + count] = row.windows.valid[m][some]
         self.full += range(self.offered, self.offered + count)
 
     def batch(self) -> Batch | None:
@@ -307,12 +323,10 @@ class Gathered:
         )
 
 
-def windows_of(strip: NDArray[Any], lattice: Lattice, columns: list[int]) -> NDArray[Any]:
-    """Neighbouring windows of a strip (..., window, width) as views, (n, ..., window, window)."""
-    begin = columns[0] * lattice.stride
-    views = sliding_window_view(strip[..., begin:], lattice.window, axis=-1)
-    chosen = views[..., : len(columns) * lattice.stride : lattice.stride, :]
-    return np.moveaxis(chosen, -2, 0)
+def each(strip: NDArray[Any], lattice: Lattice) -> NDArray[Any]:
+    """Windows along the last axis of a strip as views, (..., padded width) -> (columns, ...)."""
+    views = sliding_window_view(strip, lattice.window, axis=-1)[..., :: lattice.stride, :]
+    return np.moveaxis(views, -2, 0)
 
 
 class SkipBad:
