@@ -44,7 +44,7 @@ class Case:
     @property
     def updates(self) -> int:
         """Updates of the weights; fewer where the images are few."""
-        return min(self.steps, FEW_UPDATES) if self.few else self.steps
+        return FEW_UPDATES.get(self.task, self.steps) if self.few else self.steps
 
     def request(self, data: Path, work: Path) -> DataRequest:
         """Where the set is."""
@@ -62,8 +62,8 @@ class Case:
         )  # fmt: skip
 
 
-FEW_UPDATES = 100
-"""Updates on sets of under 20 images."""
+FEW_UPDATES = {"segmentation": 100, "depth": 100, "detection": 100, "change": 300}
+"""Updates on sets of under 20 images: what is rare, like change, takes longer to learn."""
 BLOCKS = "held-out blocks of 128 pixels (64 in small scenes) that no training window touches"
 SAR = ("sar-l2",)
 CASES = {
