@@ -1,6 +1,6 @@
 """The pipeline of `ringmoe predict` alone: COG to COG with a model that computes nothing.
 
-    python benchmarks/predict_pipeline.py [--size 8192] [--bands 3] [--window 192] [--repeat 2]
+    python benchmarks/predict_pipeline.py [--size 8192] [--bands 3] [--window 192] [--batch 2]
 
 The model answers with its input bands, so that there are as many classes as bands. The floor is
 what no program of this kind can leave out, measured in the same process: reading the scene in
@@ -108,10 +108,11 @@ def main() -> None:
     parser.add_argument("--size", type=int, default=8192)
     parser.add_argument("--bands", type=int, default=3)
     parser.add_argument("--window", type=int, default=192)
+    parser.add_argument("--batch", type=int, help="Windows per batch, as in `ringmoe predict`.")
     parser.add_argument("--repeat", type=int, default=2)
     given = parser.parse_args()
     use_memory_steadily()
-    settings = Settings.of(given.window)
+    settings = Settings.of(given.window, batch=given.batch)
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         make_cog(folder / "scene.tif", given.size, given.bands)
@@ -125,6 +126,7 @@ def main() -> None:
             print(
                 json.dumps({
                     "size": given.size, "bands": given.bands, "window": given.window,
+                    "batch": settings.batch,
                     "floor_s": {k: round(v, 2) for k, v in least.items()},
                     "floor": round(total, 2), "ours": round(seconds, 2),
                     "ours_cpu": round(time.process_time() - cpu, 2),

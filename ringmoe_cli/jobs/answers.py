@@ -97,7 +97,7 @@ def predict_rows(
     lattice = lattice_of(source, settings)
     stop = lattice.rows if stop is None else stop
     windows = window_batches(source, lattice, settings.batch, first, stop, skip or SkipBad())
-    answers = ahead(forward(network, windows, settings), 1)
+    answers = forward(network, ahead(windows, 1), settings)
     stitcher = Stitcher(lattice.shrunk(settings.cell), channels, first)
     for some, dense in answers:
         yield from blend(stitcher, some, dense, settings.cell)

@@ -1,5 +1,7 @@
 """The way to a GPU and back: batches and answers travel beside the computation."""
 
+from contextlib import AbstractContextManager, nullcontext
+
 import numpy as np
 import torch
 from numpy.typing import NDArray
@@ -62,7 +64,6 @@ class Lane:
         """A tensor on the device, in time."""
         return x.pin_memory().to(self.device, non_blocking=True)
 
-    def precision(self) -> torch.autocast:
-        """Matrix products in bfloat16 on a GPU, as they are elsewhere; a context manager."""
-        on_gpu = self.stream is not None
-        return torch.autocast("cuda" if on_gpu else "cpu", torch.bfloat16, enabled=on_gpu)
+    def precision(self) -> AbstractContextManager[object]:
+        """Matrix products in bfloat16 on a GPU, as they are elsewhere."""
+        return torch.autocast("cuda", torch.bfloat16) if self.stream else nullcontext()
