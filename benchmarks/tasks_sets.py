@@ -115,10 +115,10 @@ CASES = {
     "sar-change": Case(("{work}/sar-change",), "change", modalities=SAR, few=True,
                        protocol="yellow A and B, Ottawa and Bern train, Sulzberger is the test",
                        validation="{work}/sar-change-test"),
-    "lakes": Case(("{data}/08_detection/bhuvan_lake_river",), "detection", 80, 4, 192,
+    "lakes": Case(("{data}/08_detection/bhuvan_lake_river",), "detection", 200, 4, 192,
                   classes="lake,river", modalities=("opt",),
                   protocol="as shipped: 79 images train, 18 are the test"),
-    "kit": Case(("{work}/kit",), "detection", 150, 8, 96, classes="car,minibus",
+    "kit": Case(("{work}/kit",), "detection", 300, 8, 96, classes="car,minibus",
                 modalities=("opt",),
                 protocol="one street: frames 1-14 train, 17-20 are the test; the same parked cars "
                          "are in both"),

@@ -2,7 +2,7 @@
 
     python benchmarks/tasks_table.py WORK
 
-Writes between the marks of `benchmarks/tasks.md`.
+Writes between the marks of `benchmarks/tasks.md`: one line per set, then a table per set.
 """
 
 import json
@@ -37,11 +37,56 @@ def tables(work: Path) -> None:
     """Rewrite the tables of the page."""
     path = work / "rows.jsonl"
     rows = [json.loads(line) for line in path.read_text().splitlines()]
-    parts = [section(name, case, [r for r in rows if r["set"] == name])
-             for name, case in {**CASES, "wpafb": TRACKING}.items()]  # fmt: skip
+    sets = {**CASES, "wpafb": TRACKING}
+    found = {name: [r for r in rows if r["set"] == name] for name in sets}
+    parts = [overview(sets, found), *(section(n, case, found[n]) for n, case in sets.items())]
     text = PAGE.read_text()
     before, after = text.split(BEGIN)[0], text.split(END)[1]
     PAGE.write_text(f"{before}{BEGIN}\n\n{chr(10).join(p for p in parts if p)}{END}{after}")
+
+
+NETWORKS = (
+    "ResNet-18", "random start, frozen", "random start, full", "pre-trained, frozen",
+    "pre-trained, full",
+)  # fmt: skip
+"""Columns of the overview, by the beginning of a row's name; the best of each counts."""
+TRIVIAL = ("commonest class", "mean of the training", "labels of the first")
+CLASSICAL = ("linear", "random forest", "differences")
+
+
+def overview(sets: dict[str, Case], found: dict[str, list[dict[str, Any]]]) -> str:
+    """A line per set: its score by trivial, classical and learned methods."""
+    lines = ["| set, score | trivial | classical | " + " | ".join(NETWORKS) + " |",
+             "|---|" + "---:|" * (2 + len(NETWORKS))]  # fmt: skip
+    for name, case in sets.items():
+        key = COLUMNS[case.task][0]
+        choose = min if key in LOWER else max
+        groups: dict[str, list[float]] = {g: [] for g in ("trivial", "classical", *NETWORKS)}
+        for row in (r for r in found[name] if isinstance(r.get(key), float)):
+            groups.get(group_of(row["method"]), []).append(row[key])
+        scores = {g: choose(values) for g, values in groups.items() if values}
+        best = choose(scores.values(), default=None)
+        cells = [shown(scores.get(g), best) for g in groups]
+        lines.append(f"| {name}, {title(key, case)} | " + " | ".join(cells) + " |")
+    return "\n".join([*lines, "", ""])
+
+
+def group_of(method: str) -> str:
+    """The overview's column of a row; none for those that answer another question."""
+    if method.startswith(TRIVIAL):
+        return "trivial"
+    if method.startswith(CLASSICAL):
+        return "classical"
+    if method.startswith("trained on simulated"):
+        return "pre-trained, full" if "pre-trained" in method else "random start, full"
+    return next((n for n in NETWORKS if method.startswith(n)), "")
+
+
+def shown(score: float | None, best: float | None) -> str:
+    """A score, the best of its set in bold."""
+    if score is None:
+        return ""
+    return f"**{score:.3f}**" if score == best else f"{score:.3f}"
 
 
 def section(name: str, case: Case, rows: list[dict[str, Any]]) -> str:
