@@ -1,8 +1,8 @@
 """Safetensors files as streams: tensors read by offset, written one after another.
 
 A safetensors file is 8 bytes of header length, a JSON header, and the bytes of the tensors. Reading
-with pread into reused buffers, with the kernel told what comes and what is done with, is several
-times faster than page faults of a memory map, and leaves neither memory nor page cache behind.
+with pread, two at a time, with the kernel told what is done with, is several times faster than page
+faults of a memory map, and leaves neither memory nor page cache behind.
 """
 
 import json
@@ -10,7 +10,9 @@ import os
 import queue
 import threading
 from collections.abc import Generator, Iterable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import partial
 from math import prod
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -18,8 +20,10 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-CHUNK = 16 << 20
+CHUNK = 4 << 20
 """Bytes per pread."""
+READERS = 2
+"""Preads at once."""
 BUFFERS = 3
 """Of a stream: one in use, two read ahead."""
 HEADER_LIMIT = 100 << 20
@@ -92,20 +96,19 @@ def entry_of(path: Path, name: str, fields: Mapping[str, Any], base: int) -> Ent
     return Entry(spec, path, base + start)
 
 
-def read_into(file: int, entry: Entry, target: Tensor) -> None:
-    """Fill a contiguous tensor of the entry's dtype and shape from an open file.
+def read_part(file: int, entry: Entry, view: memoryview, start: int) -> None:
+    """Fill `CHUNK` bytes of an entry's memory, from byte `start` on, from an open file.
 
     Raises:
         ValueError: if the file ends early.
     """
-    view = bytes_of(target)
-    done = 0
-    while done < len(view):
-        got = os.preadv(file, [view[done : done + CHUNK]], entry.start + done)
+    stop = min(start + CHUNK, len(view))
+    while start < stop:
+        got = os.preadv(file, [view[start:stop]], entry.start + start)
         if got == 0:
             raise ValueError(f"{entry.path} is truncated inside {entry.spec.name}; copy it again")
-        forget(file, entry.start + done, got)
-        done += got
+        forget(file, entry.start + start, got)
+        start += got
 
 
 def bytes_of(tensor: Tensor) -> memoryview:
@@ -120,26 +123,36 @@ def forget(file: int, start: int, length: int) -> None:
 
 
 class Files:
-    """Shards opened for streaming, one descriptor each; a context manager."""
+    """Shards opened for streaming, one descriptor each; a context manager.
+
+    Parts of a tensor are read side by side: while one waits for the disk, another is copied to
+    memory that the system has to find first.
+    """
 
     def __init__(self) -> None:
         self.open: dict[Path, int] = {}
+        self.readers = ThreadPoolExecutor(READERS, "reader")
 
     def __enter__(self) -> "Files":
         return self
 
     def __exit__(self, *_: object) -> None:
+        self.readers.shutdown()
         for descriptor in self.open.values():
             os.close(descriptor)
 
     def read(self, entry: Entry, target: Tensor) -> None:
-        """Fill `target` from the entry's shard."""
+        """Fill a contiguous tensor of the entry's dtype and shape from its shard.
+
+        Raises:
+            ValueError: if the shard ends early.
+        """
         if entry.path not in self.open:
             descriptor = os.open(entry.path, os.O_RDONLY)
             self.open[entry.path] = descriptor
-            if hasattr(os, "posix_fadvise"):
-                os.posix_fadvise(descriptor, 0, 0, os.POSIX_FADV_SEQUENTIAL)
-        read_into(self.open[entry.path], entry, target)
+        part = partial(read_part, self.open[entry.path], entry, bytes_of(target))
+        for _ in self.readers.map(part, range(0, entry.spec.nbytes, CHUNK)):
+            pass
 
 
 def stream(entries: Sequence[Entry]) -> Generator[Tensor, None, None]:
