@@ -249,7 +249,7 @@ def wpafb_row(work: Path, init: Path | None) -> None:
     run = work / "runs" / f"wpafb-{'pre' if init else 'random'}"
     METHODS["wpafb-tracking"] += ", pre-trained start" if init else ", random start"
     more = ["--init", init] if init else []
-    words = ["--set", "task.window=96", "--set", "train.batch_size=4", "--steps", 150]
+    words = ["--set", "task.window=96", "--set", "train.batch_size=4", "--steps", 350]
     seconds = trained(simulated(work), run, "tracking", "--bands", "band_1", *words, *more)
     score_wpafb(work, run, seconds)
 
