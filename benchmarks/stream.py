@@ -51,6 +51,9 @@ from model.checkpoint import read_config
 from model.integrate import FitSettings
 from model.prune import plan_pruning, sub_model
 from ringmoe_cli.jobs.calibration import chips_within_memory
+from ringmoe_cli.machine import return_unused_memory
+def peak():
+    return int(Path("/proc/self/status").read_text().split("VmHWM:")[1].split()[0]) / 1e6
 model = Path({model!r})
 config = read_config(model).model
 count = chips_within_memory(sub_model(config, ("opt",)), 512)
@@ -58,7 +61,7 @@ torch.manual_seed(0)
 chips = {{"opt": torch.randn(count, 3, config.image_size, config.image_size)}}
 plan = plan_pruning(config, ("opt",), "1b", {{}}, "fit")
 walk = Calibration(model, plan, chips, FitSettings(steps=2))
-seconds = []
+seconds, peaks = [], []
 for stage, width in enumerate(config.widths):
     if stage:
         side = walk.parent["opt"].shape[1] // 2
@@ -66,7 +69,10 @@ for stage, width in enumerate(config.widths):
     start = time.perf_counter()
     walk(str(stage) + ".0")
     seconds.append(round(time.perf_counter() - start, 1))
-print(json.dumps({{"chips": count, "seconds": seconds}}))
+    peaks.append(round(peak() * 1.024, 2))
+    return_unused_memory()
+    Path("/proc/self/clear_refs").write_text("5")
+print(json.dumps({{"chips": count, "seconds": seconds, "peak_gb": peaks}}))
 """
 """One layer of every stage, its tokens random, two steps of the descent: memory is that of any."""
 PROGRAMS = {"load": LOAD, "run": RUN, "fit": FIT}

@@ -6,7 +6,7 @@ layer also leads the student half the way back to the parent, so that errors do 
 
 import json
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import cast
@@ -35,7 +35,7 @@ EXPERTS = re.compile(r"^moe\.(collaborative|shared|specialised\.[^.]+)\.fc[12]\.
 Grids = dict[str, Tensor]
 """Modality -> (B, H, W, D) tokens of all chips."""
 
-Imitate = Callable[[Mapping[str, FFN], Tokens, Tensor, Task, FitSettings], FFN]
+Imitate = Callable[[Iterable[FFN], Tokens, Tensor, Task, FitSettings], FFN]
 """Candidates, tokens, wanted features, the layer, settings -> the dense layer."""
 
 
@@ -270,16 +270,21 @@ def said(task: Task, ffn: FFN, modality: str, x: Tensor) -> Tensor:
     return torch.cat(parts)
 
 
-def starts(moe: RMoE) -> dict[str, FFN]:
-    """Where the fit may begin: the shared expert, the merged experts."""
+def starts(moe: RMoE) -> Iterator[FFN]:
+    """Where the fit may begin, one after another: the merged experts, the shared one."""
     layer = {}
     for name, bank in banks(moe).items():
         stacks = (bank.fc1.weight, bank.fc1.bias, bank.fc2.weight, bank.fc2.bias)
         layer[name] = [FFN(*(stack[e] for stack in stacks)) for e in range(len(bank))]
-    found = {"kc": merge(layer, "kc"), "ka": merge(layer, "ka")}
+    yield in_float32(merge(layer, "kc"))
+    yield in_float32(merge(layer, "ka"))
     if layer.get("shared"):
-        found["shared"] = layer["shared"][0]
-    return {name: FFN(*(part.float() for part in ffn)) for name, ffn in found.items()}
+        yield in_float32(layer["shared"][0])
+
+
+def in_float32(ffn: FFN) -> FFN:
+    """The same weights, wide enough to be fitted."""
+    return FFN(*(part.float() for part in ffn))
 
 
 def banks(moe: RMoE) -> dict[str, ExpertBank]:

@@ -6,7 +6,7 @@ per-token scale no longer counts: the second matrix by ridge regression, then bo
 whitened tokens. The parent answers for any input, so that tokens near the real ones serve as well.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, replace
 
 import torch
@@ -36,7 +36,7 @@ FLOOR = 1e-4
 """Smallest variance that whitening makes 1, over the largest."""
 HISTORY = 20
 """Steps that L-BFGS remembers, if they fit into `MEMORY` bytes."""
-MEMORY = 1 << 31
+MEMORY = 1 << 30
 ACTIVATIONS = 1 << 27
 """Largest number of activations between the matrices in a step."""
 
@@ -121,7 +121,7 @@ def refitted(ffn: FFN, tokens: Tokens, task: Task) -> FFN:
 
 
 def fit(
-    starts: Mapping[str, FFN],
+    starts: Iterable[FFN],
     tokens: Tokens,
     wanted: Tensor,
     task: Task,
@@ -133,7 +133,7 @@ def fit(
     is the best after the ridge regression, and when the descent has gone far enough.
 
     Args:
-        starts: candidates for the first matrix.
+        starts: candidates for the first matrix; one is held at a time, besides the best.
         tokens: modality -> (T, D), as the student sees them.
         wanted: (ΣT, D), what the layer should say after the LayerNorm.
         task: the layer.
@@ -141,7 +141,7 @@ def fit(
     """
     with torch.no_grad():
         learnt, unseen = split(tokens, wanted, task)
-        refits = (refitted(ffn, learnt.tokens, task) for ffn in starts.values())
+        refits = (refitted(ffn, learnt.tokens, task) for ffn in starts)
         best = min(refits, key=lambda ffn: unseen.error(ffn, task))
         most = min(settings.tokens, ACTIVATIONS // len(best.fc1_bias))
         lesson = enlarged(sampled(learnt, most, settings.seed), task, most, settings)

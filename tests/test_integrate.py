@@ -67,13 +67,14 @@ def errors(source, plan, images, **how):
 def ridge_only(candidates, tokens, wanted, task, settings):
     """The best baseline: every start refitted, the best taken on the training tokens."""
     with torch.no_grad():
-        refits = [refitted(ffn, tokens, task) for ffn in candidates.values()]
+        refits = [refitted(ffn, tokens, task) for ffn in candidates]
         found = [feature_error(task.output(ffn, tokens), wanted) for ffn in refits]
     return refits[found.index(min(found))]
 
 
 def merged_only(candidates, *_):
-    return candidates["ka"]
+    _, average, _ = candidates
+    return average
 
 
 def test_feature_error_is_one_for_the_mean():
@@ -159,13 +160,13 @@ def test_experts_that_stay_do_their_own_work(source):
     assert walk.errors[1].error > 1e-3
 
 
-def test_starts_are_the_shared_expert_and_the_average():
+def test_starts_are_merged_experts_and_the_shared_one():
     moe = random_encoder(SMALL).stages[0].blocks[0].moe
-    found = starts(moe)
-    assert torch.equal(found["shared"].fc1_weight, moe.shared.fc1.weight[0])
+    _, average, shared = starts(moe)
+    assert torch.equal(shared.fc1_weight, moe.shared.fc1.weight[0])
     everyone = [*moe.specialised["opt"].fc1.weight, *moe.specialised["ms"].fc1.weight]
     everyone += [*moe.collaborative.fc1.weight, *moe.shared.fc1.weight]
-    torch.testing.assert_close(found["ka"].fc1_weight, torch.stack(everyone).mean(0))
+    torch.testing.assert_close(average.fc1_weight, torch.stack(everyone).mean(0))
 
 
 class StoppedError(Exception):

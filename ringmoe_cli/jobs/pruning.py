@@ -1,13 +1,14 @@
 """What `ringmoe prune` does around `model.prune`: names, the plan in words, the run."""
 
 import zlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ringmoe_cli import console
 from ringmoe_cli.errors import OutputExistsError, RingmoeError
+from ringmoe_cli.machine import return_unused_memory
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -178,11 +179,17 @@ def prune(work: Work, out: Path) -> None:
             plan,
             config,
             chips=work.chips,
-            advance=lambda n: advance(n / 1e6),
+            advance=lambda n: passed(n, advance),
             overwrite=True,
         )
     if request.distill:
         distil(work, out)
+
+
+def passed(size: float, advance: Callable[..., None]) -> None:
+    """Some bytes are done; what working on them left behind goes back to the system."""
+    return_unused_memory()
+    advance(size / 1e6)
 
 
 def fingerprint_of(work: Work) -> str | None:
