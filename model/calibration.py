@@ -116,15 +116,17 @@ class Calibration:
         stage, block = (int(n) for n in layer.split("."))
         parent = self.load(stage, block)
         kept = kept_part(parent, self.plan, layer)
-        task = Task(parent.norm2, self.plan.source.gelu, Moe(parent.moe), kept and Moe(kept))
+        whole = Moe(parent.moe)
+        task = Task(parent.norm2, self.plan.source.gelu, whole, kept and Moe(kept), whole.let_go)
         with torch.no_grad():
             ahead = {m: forward(parent, m, x) for m, x in self.parent.items()}
             seen = {m: attended(parent, x) for m, x in self.student.items()}
+            truth: Tensor = task.norm(whole({m: flat(x) for m, x in self.unseen(seen).items()}))
         train = {m: flat(x[: self.first(x)]) for m, x in seen.items()}
         wanted = self.goal(task, train, ahead)
         ffn = self.imitate(starts(parent.moe), train, wanted, task, self.settings)
         with torch.no_grad():
-            self.measure(layer, task, ffn, seen, ahead)
+            self.measure(layer, task, ffn, seen, ahead, truth)
             self.student = {m: x + said(task, ffn, m, x) for m, x in seen.items()}
             self.parent = ahead
             if block == self.plan.source.depths[stage] - 1:
@@ -190,18 +192,20 @@ class Calibration:
             self.parent = {m: downsample(x) for m, x in self.parent.items()}
             self.student = {m: downsample(x) for m, x in self.student.items()}
 
-    def measure(self, layer: str, task: Task, ffn: FFN, seen: Grids, ahead: Grids) -> None:
-        """Note the errors on the chips held out."""
-        begin = {m: self.first(x) if self.held_out < 1 else 0 for m, x in seen.items()}
-        unseen = {m: x[begin[m] :] for m, x in seen.items()}
-        tokens = {m: flat(x) for m, x in unseen.items()}
+    def unseen(self, grids: Grids) -> Grids:
+        """The chips that only measure."""
+        return {m: x[self.first(x) if self.held_out < 1 else 0 :] for m, x in grids.items()}
+
+    def measure(
+        self, layer: str, task: Task, ffn: FFN, seen: Grids, ahead: Grids, truth: Tensor
+    ) -> None:
+        """Note the errors on the chips held out; `truth` is the parent layer's answer there."""
+        tokens = {m: flat(x) for m, x in self.unseen(seen).items()}
         found = task.output(ffn, tokens)
-        truth = joined({m: flat(x[begin[m] :]) for m, x in ahead.items()})
+        there = joined({m: flat(x) for m, x in self.unseen(ahead).items()})
         self.errors.append(
             LayerError(
-                layer,
-                feature_error(found, task.norm(task.parent(tokens))),
-                feature_error(joined(tokens) + found, truth),
+                layer, feature_error(found, truth), feature_error(joined(tokens) + found, there)
             )
         )
 
@@ -245,6 +249,12 @@ class Moe:
         """(T, D) per modality -> (ΣT, D)."""
         y_TD, _ = self.layer(joined(tokens), {m: len(x) for m, x in tokens.items()})
         return cast(Tensor, y_TD)
+
+    def let_go(self) -> None:
+        """Free the experts, which are most of a layer; it cannot be asked any more."""
+        for bank in banks(self.layer).values():
+            for parameter in bank.parameters():
+                parameter.data = parameter.data.new_empty(0)
 
 
 def flat(x: Tensor) -> Tensor:

@@ -67,6 +67,8 @@ class Task:
     """The RMoE layer."""
     kept: Answer | None
     """The routed experts that stay beside the fitted FFN, if any."""
+    let_go: Callable[[], None] = lambda: None
+    """Called when `parent` will not be asked again."""
 
     def run(self, ffn: FFN, x_TD: Tensor) -> Tensor:
         """(T, D) -> (T, D), the FFN alone."""
@@ -145,6 +147,7 @@ def fit(
         best = min(refits, key=lambda ffn: unseen.error(ffn, task))
         most = min(settings.tokens, ACTIVATIONS // len(best.fc1_bias))
         lesson = enlarged(sampled(learnt, most, settings.seed), task, most, settings)
+    task.let_go()
     return descend(best, lesson, unseen, task, settings.steps)
 
 
