@@ -5,6 +5,7 @@ that a resumed or divided run does the same arithmetic as an undisturbed one.
 """
 
 from collections.abc import Iterable, Iterator
+from contextlib import closing
 from dataclasses import dataclass
 from itertools import groupby
 from typing import Protocol
@@ -97,10 +98,10 @@ def predict_rows(
     lattice = lattice_of(source, settings)
     stop = lattice.rows if stop is None else stop
     windows = window_batches(source, lattice, settings.batch, first, stop, skip or SkipBad())
-    answers = forward(network, ahead(windows, 1), settings)
     stitcher = Stitcher(lattice.shrunk(settings.cell), channels, first)
-    for some, dense in answers:
-        yield from blend(stitcher, some, dense, settings.cell)
+    with closing(ahead(windows, 1)) as batches:
+        for some, dense in forward(network, batches, settings):
+            yield from blend(stitcher, some, dense, settings.cell)
 
 
 def lattice_of(source: Normalised, settings: Settings) -> Lattice:

@@ -2,13 +2,13 @@
 
 import queue
 import threading
-from collections.abc import Iterable, Iterator
+from collections.abc import Generator, Iterable
 from typing import Any, Generic, TypeVar
 
 T = TypeVar("T")
 
 
-def ahead(items: Iterable[T], depth: int = 2) -> Iterator[T]:
+def ahead(items: Iterable[T], depth: int = 2) -> Generator[T, None, None]:
     """The same items, made in a thread of their own, up to `depth` before they are asked for.
 
     An exception there is raised here; leaving early stops the thread.
@@ -61,4 +61,5 @@ class Maker(threading.Thread, Generic[T]):
     def stop(self) -> None:
         """Nobody wants more items; wait for the one in the making."""
         self.left.set()
-        self.join()
+        if threading.current_thread() is not self:  # where garbage is collected is up to chance
+            self.join()
