@@ -2,12 +2,13 @@
 
 import threading
 import time
+from itertools import chain
 
 import pytest
 import torch
 
 from ringmoe_cli.jobs import compute
-from ringmoe_cli.jobs.compute import Lanes, computed, in_order
+from ringmoe_cli.jobs.compute import HANDED_BYTES, Handful, Lanes, computed, in_order
 
 
 @pytest.fixture
@@ -56,3 +57,21 @@ def test_an_error_comes_where_its_item_would_and_stops_the_rest(two_lanes):
     with pytest.raises(ValueError, match="item 1"):
         next(results)
     assert len(begun) < 6
+
+
+@pytest.mark.parametrize(
+    ("seconds", "size", "count"),
+    [
+        (0.001, HANDED_BYTES // 6, 6),
+        (0.005, HANDED_BYTES // 6, 4),
+        (1.0, 1, 1),
+        (0.001, 2 * HANDED_BYTES, 1),
+    ],
+)
+def test_a_thread_is_handed_more_batches_of_a_quick_network(seconds, size, count):
+    handful, sizes = Handful(), []
+    for several in handful.of(range(40)):
+        sizes.append(several)
+        handful.took(len(several), seconds * len(several), size * len(several))
+    assert list(chain(*sizes)) == list(range(40))
+    assert [len(several) for several in sizes[:2]] == [1, count]

@@ -8,6 +8,7 @@ from collections.abc import Iterable, Iterator
 from contextlib import closing
 from dataclasses import dataclass
 from itertools import groupby
+from time import perf_counter
 from typing import Protocol
 
 import numpy as np
@@ -16,7 +17,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from model.batch import Batch, Prediction
-from ringmoe_cli.jobs.compute import in_order, lanes
+from ringmoe_cli.jobs.compute import Handful, in_order, lanes
 from ringmoe_cli.jobs.lane import Fetched, Lane
 from ringmoe_cli.scene.maps.product import Rows
 from ringmoe_cli.scene.maps.strips import Normalised, SkipBad, Windows, window_batches
@@ -99,9 +100,8 @@ def predict_rows(
     stop = lattice.rows if stop is None else stop
     windows = window_batches(source, lattice, settings.batch, first, stop, skip or SkipBad())
     stitcher = Stitcher(lattice.shrunk(settings.cell), channels, first)
-    with closing(ahead(windows, 1)) as batches:
-        for some, dense in forward(network, batches, settings):
-            yield from blend(stitcher, some, dense, settings.cell)
+    for some, dense in forward(network, windows, settings):
+        yield from blend(stitcher, some, dense, settings.cell)
 
 
 def lattice_of(source: Normalised, settings: Settings) -> Lattice:
@@ -143,12 +143,13 @@ def any_in_cells(valid: NDArray[np.bool_], cell: int) -> NDArray[np.bool_]:
 def forward(
     network: Network, batches: Iterable[Windows], settings: Settings
 ) -> Iterator[tuple[Windows, NDArray[np.float32] | None]]:
-    """Answers (b, K, window, window) to the full windows of each batch.
+    """Answers (b, K, window, window) to the full windows of each batch, which are cut ahead.
 
     On a GPU the next batch is computed while the previous answer is fetched, in bfloat16 where
     autocast allows.
     """
     ask, lane = mirrored if settings.flips else plain, Lane(settings.device)
+    handful = Handful()
 
     def answer(some: Windows) -> Fetched | None:
         if some.batch is None:
@@ -156,8 +157,18 @@ def forward(
         with torch.inference_mode(), lane.precision():
             return Fetched(ask(network, lane.send(some.batch)))
 
-    for some, late in in_order(answer, batches):
-        yield some, late.numpy() if late else None
+    def answers(several: list[Windows]) -> list[Fetched | None]:
+        start = perf_counter()
+        fetched = [answer(some) for some in several]
+        if lane.stream is None:  # a GPU is not done yet
+            size = sum(late.host.nbytes for late in fetched if late)
+            handful.took(len(several), perf_counter() - start, size)
+        return fetched
+
+    with closing(ahead(handful.of(batches), 1)) as handfuls:
+        for several, fetched in in_order(answers, handfuls):
+            for some, late in zip(several, fetched, strict=True):
+                yield some, late.numpy() if late else None
 
 
 def plain(network: Network, batch: Batch) -> Tensor:

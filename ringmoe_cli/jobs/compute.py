@@ -13,6 +13,7 @@ from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from functools import cache
+from itertools import islice
 from typing import TypeVar
 
 from ringmoe_cli.machine import chosen_device
@@ -22,6 +23,10 @@ T = TypeVar("T")
 
 LANES = 2
 """Batches at once; each costs the memory of its activations."""
+HANDED_BYTES = 8 << 20
+"""Answers that a computing thread is asked for at once, at most."""
+HANDED_SECONDS = 0.02
+"""Work for so long is worth handing over."""
 
 
 def lanes(device: str, alone: bool = False) -> int:
@@ -104,3 +109,25 @@ def next_of(running: deque[tuple[A, Future[T]]]) -> tuple[A, T]:
     """The oldest item and its result, not kept here."""
     item, future = running.popleft()
     return item, future.result()
+
+
+class Handful:
+    """How many batches go to a computing thread at once: more of a quick network.
+
+    Threads that wake each other for every batch take longer than such a network itself; a slow
+    one gets its batches singly, as each costs memory and the last ones are shared out evenly.
+    """
+
+    def __init__(self) -> None:
+        self.count = 1
+
+    def took(self, batches: int, seconds: float, answered: int) -> None:
+        """Learn from the time and the bytes of answers that so many batches took."""
+        quick, small = HANDED_SECONDS / seconds, HANDED_BYTES / max(answered, 1)
+        self.count = max(int(min(quick, small) * batches), 1)
+
+    def of(self, batches: Iterable[A]) -> Iterator[list[A]]:
+        """The same batches, in handfuls."""
+        rest = iter(batches)
+        while some := list(islice(rest, self.count)):
+            yield some
