@@ -20,6 +20,7 @@ from torch import Tensor, nn
 
 from model.config import ModelConfig
 from model.experts import ExpertBank, RMoE, pack
+from ringmoe_cli.machine import keep_memory_of_updates
 
 ROUTINGS = {"even": (0.25, 0.25, 0.25, 0.25), "55/25/15/5": (0.55, 0.25, 0.15, 0.05)}
 
@@ -168,6 +169,7 @@ def main() -> None:
     parser.add_argument("--one-hot", action="store_true")
     parser.add_argument("--flops", type=float, default=1.2e12, help="largest forward per cell")
     args = parser.parse_args()
+    keep_memory_of_updates()  # as `ringmoe pretrain` does
     torch.manual_seed(0)
     columns = "type | d | tokens | routing | packed | forward | both | dense forward ms | both ms"
     print(f"| {columns} |{' one-hot forward | both |' if args.one_hot else ''}")

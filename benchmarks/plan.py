@@ -31,7 +31,7 @@ from typing import TYPE_CHECKING, Any
 from model.config import ModelConfig
 from model.plan import Cluster, Layout, Link, Workload, estimate
 from model.timing import Line, Pace
-from ringmoe_cli.machine import keep_few_kernels
+from ringmoe_cli.machine import keep_memory_of_updates
 
 if TYPE_CHECKING:
     from torch import nn
@@ -132,7 +132,7 @@ def empty_process() -> int:
 
     from model.parallel import join, ranks
 
-    keep_few_kernels()
+    keep_memory_of_updates()
     join(ranks(), "cpu")
     torch.nn.functional.linear(torch.ones(64, 64), torch.ones(64, 64))
     return resident()
