@@ -2,15 +2,16 @@
 
     python benchmarks/plan.py [--presets nano tiny] [--rounds 3]
 
-For each case three launches of as many processes. The first measures what the plan adds up: one
+Each case is several launches of as many processes. The first measures what the plan adds up: one
 block of every stage as the ranks run it together, everything outside the blocks, AdamW
-(`model.timing`), messages, and what the libraries take of a process (a model of no size). The
-second trains another model, for what the allocator wastes. The third trains; nothing of it goes
-into the plan. With `--alone` every rank times blocks for itself, and their messages are counted.
-One thread a rank, fp32, optical images; four ranks share two cores. Memory is the growth of the
-peak resident set over that of a process that has joined the others; time is the median of updates
-on the clock, so the machine must be quiet. `--throughput tiny` compares expert parallelism of two
-one-thread ranks with one process of two threads, on the same images.
+(`model.timing`), messages, and what the libraries take of a process (a model of no size). The next
+ones do so for another model and train it, with few and with many images, for what the parts leave
+out: what the allocator wastes, copies around messages, time between the parts. The last trains;
+nothing of it goes into the plan. With `--alone` every rank times blocks for itself, and their
+messages are counted. One thread a rank, fp32, optical images; four ranks share two cores. Memory is
+the growth of the peak resident set over that of a process that has joined the others; time is the
+median of updates on the clock, so the machine must be quiet. `--throughput tiny` compares expert
+parallelism of two one-thread ranks with one process of two threads, on the same images.
 """
 
 import argparse
@@ -23,13 +24,13 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, replace
 from pathlib import Path
 from statistics import median
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from model.config import ModelConfig
-from model.plan import Cluster, Layout, Link, Workload, estimate
+from model.plan import Cluster, Estimate, Layout, Link, Workload, estimate
 from model.timing import Line, Pace
 from ringmoe_cli.machine import keep_memory_of_updates
 
@@ -39,7 +40,7 @@ if TYPE_CHECKING:
     from model.parallel import Ranks
     from model.pretrain import MaskedImageModel
 
-IMAGES = {"nano": 128, "tiny": 8, "base": 4, "other": 64}
+IMAGES = {"nano": 128, "tiny": 8, "base": 4, "other": 64, "others": 256}
 """Of one update, over all ranks."""
 ALONE = "RINGMOE_BENCHMARK_ALONE"
 """Set in the environment of ranks that time blocks for themselves."""
@@ -55,11 +56,11 @@ MODELS: dict[str, dict[str, Any]] = {
         "window": 8, "mask_cell": 16,
     },
 }  # fmt: skip
-"""Without memory to speak of; and unlike the presets, to see what the allocator wastes."""
+"""Without memory to speak of; and unlike the presets, to see what parts leave out."""
+MODELS["others"] = MODELS["other"]
 
 
-@dataclass(frozen=True)
-class Measured:
+class Measured(NamedTuple):
     """What a rank did."""
 
     memory: float
@@ -185,13 +186,63 @@ def spread_all(ep: int, module: "nn.Module") -> None:
     spread.rest(module)
 
 
-def wasted(ranks: int, ep: int, overhead: float) -> float:
-    """Share that the allocator takes on top of what an update of the other model needs."""
-    found, work = wasted_by_other(ranks, ep), Workload.of(config_of("other"), 4, True)
-    layout = Layout(ep, IMAGES["other"] // ranks, 1, checkpointing=False)
-    cost = estimate(work, Cluster(ranks, 1e12, whole=True), layout)
-    state = cost.weights + cost.optimiser
-    return max((found.memory - overhead - state) / (cost.memory - state) - 1, 0.0)
+class LeftOut(NamedTuple):
+    """What measured parts leave out, learnt on the other model."""
+
+    fixed: float = 0.0
+    """Bytes that the allocator takes in any case."""
+    share: float = 0.0
+    """Bytes that it takes, as a share of what an update needs."""
+    copies: float = 0.0
+    """Copies that messages make of gathered blocks, as a multiple of those that are counted."""
+    waiting: float = 0.0
+    """Time between the parts, as a share of theirs."""
+
+
+@functools.cache
+def left_out(ranks: int, ep: int) -> LeftOut:
+    """By training the other model in a layout with few and with many images.
+
+    Where blocks are gathered, the allocator's part is that of a process alone.
+    """
+    few, many = beyond("other", ranks, ep), beyond("others", ranks, ep)
+    if few.gathered:
+        alone = left_out(1, 1)
+        rest = few.memory - alone.fixed - alone.share * few.needed
+        return LeftOut(alone.fixed, alone.share, max(rest / few.gathered, 0.0), many.seconds)
+    share = max((many.memory - few.memory) / (many.needed - few.needed), 0.0)
+    return LeftOut(few.memory - share * few.needed, share, 0.0, many.seconds)
+
+
+class Beyond(NamedTuple):
+    """A training against the plain sum of its parts."""
+
+    needed: float
+    """Bytes of gradients, activations and gathered blocks."""
+    gathered: float
+    """Bytes of gathered blocks alone."""
+    memory: float
+    """Bytes more than planned."""
+    seconds: float
+    """Time more than planned, as a share."""
+
+
+@functools.cache
+def beyond(preset: str, ranks: int, ep: int) -> Beyond:
+    """Plan and train a case."""
+    cost = planned(preset, ranks, ep, launch("--probe-rank", preset, ranks, ep), LeftOut())
+    found, needed = measure(preset, ranks, ep), cost.gradients + cost.gathered + cost.activations
+    seconds = found.seconds / cost.seconds - 1
+    return Beyond(needed, cost.gathered, found.memory - cost.memory, seconds)
+
+
+def planned(preset: str, ranks: int, ep: int, parts: dict[str, Any], more: LeftOut) -> Estimate:
+    """The plan for a case, from measured parts and what they leave out."""
+    work = Workload.of(config_of(preset), width=4, probabilities=True)
+    layout = Layout(ep, IMAGES[preset] // ranks, 1, checkpointing=False)
+    there = cluster(ranks, parts, more)
+    copies = more.copies * estimate(work, there, layout).gathered
+    return estimate(work, replace(there, overhead=there.overhead + copies), layout)
 
 
 def link(few: tuple[float, float], many: tuple[float, float], messages: int) -> Link:
@@ -221,9 +272,8 @@ def tokens_link(ep: int) -> Link:
 
     world = dist.get_world_size()
     size = ep if ep > 1 else world
-    group = init_device_mesh("cpu", (world // size, size), mesh_dim_names=("dp", "ep"))[
-        "ep"
-    ].get_group()
+    mesh = init_device_mesh("cpu", (world // size, size), mesh_dim_names=("dp", "ep"))
+    group = mesh["ep"].get_group()
     points = []
     for rows in (64, 16384):
         sent, got = torch.ones(rows * size, 96), torch.empty(rows * size, 96)
@@ -279,28 +329,20 @@ def launch(mode: str, preset: str, ranks: int, ep: int, threads: int = 1) -> Any
     return json.loads(out.read_text())
 
 
-@functools.cache
-def wasted_by_other(ranks: int, ep: int) -> Measured:
-    """The other model, once per layout."""
-    return measure("other", ranks, ep)
-
-
 def measure(preset: str, ranks: int, ep: int, threads: int = 1) -> Measured:
     """Train."""
     return Measured(*launch("--train-rank", preset, ranks, ep, threads))
 
 
-def cluster(ranks: int, found: dict) -> Cluster:
+def cluster(ranks: int, found: dict[str, Any], more: LeftOut) -> Cluster:
     """The machine as the plan sees it."""
     speed = found["pace"]
     lines = tuple(Line(**line) for line in speed["stages"])
     pace = Pace(lines, Line(**speed["rest"]), speed["update"], speed["together"])
-    tokens, shards = (
-        (Link(**link) for link in found["links"]) if found["links"] else (Link(), Link())
-    )
+    tokens, shards = (Link(**link) for link in found["links"] or ({}, {}))
     return Cluster(
-        ranks, 1e12, tokens=tokens, shards=shards, overhead=found["overhead"],
-        slack=found["slack"], beside=False, pace=pace, whole=True,
+        ranks, 1e12, tokens=tokens, shards=shards, overhead=found["overhead"] + more.fixed,
+        slack=more.share, waiting=more.waiting, beside=False, pace=pace, whole=True,
     )  # fmt: skip
 
 
@@ -309,19 +351,15 @@ def predictions(presets: list[str], cases: list[tuple[int, int]]) -> None:
     print("| preset | ranks | ep | memory GB | planned | error | building GB |", end="")
     print(" seconds | planned | error |\n|---|--:|--:|--:|--:|--:|--:|--:|--:|--:|")
     for preset in presets:
-        work = Workload.of(config_of(preset), width=4, probabilities=True)
         for ranks, ep in cases:
-            parts = launch("--probe-rank", preset, ranks, ep)
-            parts["slack"] = wasted(ranks, ep, parts["overhead"])
-            found = measure(preset, ranks, ep)
-            layout = Layout(ep, IMAGES[preset] // ranks, 1, checkpointing=False)
-            cost = estimate(work, cluster(ranks, parts), layout)
+            parts, more = launch("--probe-rank", preset, ranks, ep), left_out(ranks, ep)
+            found, cost = measure(preset, ranks, ep), planned(preset, ranks, ep, parts, more)
             memory = f"{found.memory / 1e9:.2f} | {cost.memory / 1e9:.2f} |"
             memory += f" {cost.memory / found.memory - 1:+.0%} | {found.building / 1e9:.2f}"
             seconds = f"{found.seconds:.2f} | {cost.seconds:.2f}"
             seconds += f" | {cost.seconds / found.seconds - 1:+.0%}"
             print(f"| {preset} | {ranks} | {ep} | {memory} | {seconds} |", flush=True)
-            print(f"{cost}\n{parts}", file=sys.stderr, flush=True)
+            print(f"{cost}\n{parts}\n{more}", file=sys.stderr, flush=True)
 
 
 def throughput(preset: str, rounds: int) -> None:

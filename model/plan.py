@@ -7,6 +7,7 @@ bandwidth that are given or on what `model.timing` measured.
 
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
+from itertools import pairwise
 from math import ceil
 from typing import Self
 
@@ -55,6 +56,8 @@ class Cluster:
     """Bytes of the libraries in every process."""
     slack: float = 0.0
     """What the allocator takes on top of gradients, activations and buffers, as a share of them."""
+    waiting: float = 0.0
+    """Time between the parts that are counted, as a share of theirs."""
     beside: bool = True
     """Weights travel beside the arithmetic, as on GPUs; on CPUs both want the same cores."""
     pace: Pace | None = None
@@ -173,14 +176,13 @@ def estimate(work: Workload, cluster: Cluster, layout: Layout) -> Estimate:
     held = held_parameters(work, cluster, layout)
     own = {name: size * sum(held) for name, size in STATE_BYTES.items()}
     own["gradients"], activations = at_the_peak(work, layout, held)
-    largest = max(dense + experts / layout.ep for dense, experts in work.blocks)
     passes = 4 if layout.checkpointing else 3
     images = layout.micro_batch * layout.accumulate
     flops = 2.0 * passes * images * multiply_adds(config, config.image_size, config.image_size)
     shards = shard_traffic(work, cluster, layout)
     tokens = token_traffic(config, layout, width)
     sharded = cluster.gpus > 1 and not replicated(cluster, layout)
-    gathered = largest * width * 3 if sharded else 0.0
+    gathered = width * most_gathered(work, layout) if sharded else 0.0
     slack = cluster.slack * (own["gradients"] + activations + gathered)
     return Estimate(
         **own,
@@ -189,9 +191,15 @@ def estimate(work: Workload, cluster: Cluster, layout: Layout) -> Estimate:
         flops=flops,
         shard_traffic=shards,
         token_traffic=tokens,
-        seconds=update_seconds(work, cluster, layout, flops, sum(held)),
+        seconds=update_seconds(work, cluster, layout, flops, sum(held)) * (1 + cluster.waiting),
         overhead=cluster.overhead + slack,
     )
+
+
+def most_gathered(work: Workload, layout: Layout) -> float:
+    """Parameters of a block, of the one gathered ahead of it, and of its gradient, at most."""
+    sizes = [0.0, *(dense + experts / layout.ep for dense, experts in work.blocks)]
+    return max(2 * this + before for before, this in pairwise(sizes))
 
 
 def replicated(cluster: Cluster, layout: Layout) -> bool:

@@ -10,7 +10,17 @@ from typer.testing import CliRunner
 
 from model.batch import Batch
 from model.config import ModelConfig, PretrainConfig
-from model.plan import Cluster, Layout, Link, Workload, activation_bytes, estimate, plan, smallest
+from model.plan import (
+    Cluster,
+    Layout,
+    Link,
+    Workload,
+    activation_bytes,
+    estimate,
+    most_gathered,
+    plan,
+    smallest,
+)
 from model.pretrain import MaskedImageModel, batch_masks
 from model.timing import Line, Pace, pace
 from ringmoe_cli.app import app
@@ -151,3 +161,10 @@ def test_a_pace_is_measured_and_used(monkeypatch: pytest.MonkeyPatch) -> None:
     expected = sum(2 * line.at(4) for line in found.stages) + found.rest.at(4)
     expected += found.update * Workload.of(ModelConfig.preset("nano")).parameters
     assert report["seconds per update"] == pytest.approx(expected, abs=1e-3)
+
+
+def test_a_block_stands_whole_beside_the_one_before_it_and_its_gradient():
+    work = Workload(ModelConfig.preset("nano"), 0, ((10, 0), (60, 80), (90, 0)))
+    layout = Layout(ep=2, micro_batch=1, accumulate=1, checkpointing=False)
+    assert most_gathered(work, layout) == 2 * 90 + 60 + 40
+    assert most_gathered(replace(work, blocks=work.blocks[:2]), layout) == 2 * (60 + 40) + 10
