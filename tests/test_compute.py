@@ -8,7 +8,14 @@ import pytest
 import torch
 
 from ringmoe_cli.jobs import compute
-from ringmoe_cli.jobs.compute import HANDED_BYTES, Handful, Lanes, computed, in_order
+from ringmoe_cli.jobs.compute import (
+    HANDED_BYTES,
+    HANDED_SECONDS,
+    Handful,
+    Lanes,
+    computed,
+    in_order,
+)
 
 
 @pytest.fixture
@@ -63,7 +70,7 @@ def test_an_error_comes_where_its_item_would_and_stops_the_rest(two_lanes):
     ("seconds", "size", "count"),
     [
         (0.001, HANDED_BYTES // 6, 6),
-        (0.005, HANDED_BYTES // 6, 4),
+        (HANDED_SECONDS / 4, HANDED_BYTES // 6, 4),
         (1.0, 1, 1),
         (0.001, 2 * HANDED_BYTES, 1),
     ],

@@ -25,7 +25,7 @@ LANES = 2
 """Batches at once; each costs the memory of its activations."""
 HANDED_BYTES = 8 << 20
 """Answers that a computing thread is asked for at once, at most."""
-HANDED_SECONDS = 0.02
+HANDED_SECONDS = 0.05
 """Work for so long is worth handing over."""
 
 

@@ -21,11 +21,11 @@ from ringmoe_cli.scene.scene import Scene
 from ringmoe_cli.scene.stitch import Lattice
 from ringmoe_cli.scene.store.ahead import ahead
 
-PIECE = 2048
+PIECE = 4096
 """Columns read and normalised at a time: a multiple of usual block widths, small beside a strip."""
 STRIPS = 2
 """Strips in memory: the one that windows are cut from, and the one above."""
-AHEAD = 16
+AHEAD = 8
 """Raw pieces that are decoded beforehand: a row of 512 px blocks comes due at once, and is decoded
 while windows of several strips are computed."""
 CACHED = 1 << 17
