@@ -67,10 +67,9 @@ def finetune(
     from ringmoe_cli.jobs.finetuning import FinetuneRequest, finetune
     from ringmoe_cli.jobs.scores import report
     from ringmoe_cli.jobs.taskdata import DataRequest
-    from ringmoe_cli.machine import chosen_device, keep_memory_of_updates
+    from ringmoe_cli.machine import chosen_device
     from ringmoe_cli.recipe import load_finetune_recipe
 
-    keep_memory_of_updates()
     console.State.quiet = quiet
     said = [f"task.name={task}"] + ["task.freeze=true"] * freeze
     said += [f"train.steps={steps}"] * (steps is not None)

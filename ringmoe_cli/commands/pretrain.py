@@ -49,10 +49,9 @@ def pretrain(
     if processes > 1 and not launched():
         raise typer.Exit(launch(processes, sys.argv[1:]))
     from ringmoe_cli.jobs.pretraining import PretrainRequest, pretrain
-    from ringmoe_cli.machine import chosen_device, keep_memory_of_updates
+    from ringmoe_cli.machine import chosen_device
     from ringmoe_cli.recipe import load_pretrain_recipe
 
-    keep_memory_of_updates()
     console.State.quiet = quiet
     said = [f"train.steps={steps}"] * (steps is not None) + ["train.skip_nan=true"] * skip_nan
     request = PretrainRequest(

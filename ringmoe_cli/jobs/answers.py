@@ -5,6 +5,7 @@ that a resumed or divided run does the same arithmetic as an undisturbed one.
 """
 
 from collections.abc import Iterable, Iterator
+from concurrent.futures import Future
 from contextlib import closing
 from dataclasses import dataclass
 from itertools import groupby
@@ -17,7 +18,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from model.batch import Batch, Prediction
-from ringmoe_cli.jobs.compute import Handful, in_order, lanes
+from ringmoe_cli.jobs.compute import Handful, each, in_order, lanes
 from ringmoe_cli.jobs.lane import Fetched, Lane
 from ringmoe_cli.scene.maps.product import Rows
 from ringmoe_cli.scene.maps.strips import Normalised, SkipBad, Windows, window_batches
@@ -157,18 +158,25 @@ def forward(
         with torch.inference_mode(), lane.precision():
             return Fetched(ask(network, lane.send(some.batch)))
 
-    def answers(several: list[Windows]) -> list[Fetched | None]:
+    def answers(several: list[Windows]) -> list[Future[Fetched | None]]:
         start = perf_counter()
-        fetched = [answer(some) for some in several]
-        if lane.stream is None:  # a GPU is not done yet
-            size = sum(late.host.nbytes for late in fetched if late)
-            handful.took(len(several), perf_counter() - start, size)
-        return fetched
+        outcomes = each(answer, several)
+        sizes = [bytes_of(outcome) for outcome in outcomes]
+        if any(sizes) and lane.stream is None:  # a GPU is not done yet; empty batches take no time
+            handful.took(len(sizes) - sizes.count(0), perf_counter() - start, sum(sizes))
+        return outcomes
 
     with closing(ahead(handful.of(batches), 1)) as handfuls:
-        for several, fetched in in_order(answers, handfuls):
-            for some, late in zip(several, fetched, strict=True):
+        for several, outcomes in in_order(answers, handfuls):
+            for some, outcome in zip(several, outcomes, strict=False):  # an exception ends them
+                late = outcome.result()
                 yield some, late.numpy() if late else None
+
+
+def bytes_of(outcome: Future[Fetched | None]) -> int:
+    """Bytes of an answer; 0 if there is none."""
+    late = None if outcome.exception() else outcome.result()
+    return late.host.nbytes if late else 0
 
 
 def plain(network: Network, batch: Batch) -> Tensor:

@@ -105,6 +105,22 @@ def in_order(work: Callable[[A], T], items: Iterable[A]) -> Iterator[tuple[A, T]
             future.cancel()
 
 
+def each(work: Callable[[A], T], items: Iterable[A]) -> list[Future[T]]:
+    """What some work makes of items here and now; the first exception, in its place, is the last.
+
+    Work that was done before an exception is not lost.
+    """
+    outcomes: list[Future[T]] = []
+    for item in items:
+        outcomes.append(Future())
+        try:
+            outcomes[-1].set_result(work(item))
+        except BaseException as error:  # raised again where the result is wanted
+            outcomes[-1].set_exception(error)
+            break
+    return outcomes
+
+
 def next_of(running: deque[tuple[A, Future[T]]]) -> tuple[A, T]:
     """The oldest item and its result, not kept here."""
     item, future = running.popleft()
@@ -123,7 +139,7 @@ class Handful:
 
     def took(self, batches: int, seconds: float, answered: int) -> None:
         """Learn from the time and the bytes of answers that so many batches took."""
-        quick, small = HANDED_SECONDS / seconds, HANDED_BYTES / max(answered, 1)
+        quick, small = HANDED_SECONDS / seconds, HANDED_BYTES / answered
         self.count = max(int(min(quick, small) * batches), 1)
 
     def of(self, batches: Iterable[A]) -> Iterator[list[A]]:

@@ -29,6 +29,7 @@ from ringmoe_cli.errors import CheckpointError, RingmoeError
 from ringmoe_cli.jobs.runs import claim_run, stop_requests
 from ringmoe_cli.jobs.scores import as_text, plain
 from ringmoe_cli.jobs.taskdata import DataRequest, TaskData, open_task_data
+from ringmoe_cli.machine import keep_memory_of_updates
 from ringmoe_cli.recipe import FinetuneRecipe, model_config, settings
 from ringmoe_cli.scene.bands import WAVELENGTHS
 
@@ -70,6 +71,7 @@ def finetune(request: FinetuneRequest) -> dict[str, Any]:
     """
     if int(os.environ.get("WORLD_SIZE", "1")) > 1:
         raise RingmoeError("finetune trains on one process; start it without torchrun")
+    keep_memory_of_updates()
     size, rotated = window_size(request), request.recipe.task.rotated
     request = replace(request, data=replace(request.data, size=size, rotated=rotated))
     torch.manual_seed(request.recipe.train.seed)

@@ -33,6 +33,7 @@ from ringmoe_cli import console
 from ringmoe_cli.errors import RecipeError, RingmoeError, StoreError
 from ringmoe_cli.jobs.runs import claim_run, stop_requests
 from ringmoe_cli.jobs.watching import RoutingLog, Watch
+from ringmoe_cli.machine import keep_memory_of_updates
 from ringmoe_cli.ranks import launched, meet_on_slurm
 from ringmoe_cli.recipe import PretrainRecipe, settings
 from ringmoe_cli.scene.loader import pretraining_batches, store_normalisation
@@ -99,6 +100,7 @@ def pretrain(request: PretrainRequest) -> dict[str, Any]:
         OutputExistsError: if a finished run is in the way.
         RingmoeError: if another process ended.
     """
+    keep_memory_of_updates()
     meet_on_slurm()
     who = ranks() if launched() else Ranks()
     if request.recipe.train.batch_size // request.recipe.train.accumulate < who.world:

@@ -22,7 +22,8 @@ from ringmoe_cli.scene.stitch import Lattice
 from ringmoe_cli.scene.store.ahead import ahead
 
 PIECE = 4096
-"""Columns read and normalised at a time: a multiple of usual block widths, small beside a strip."""
+"""Columns read at a time, a multiple of usual block widths: smaller pieces wake threads more often,
+larger ones come too late."""
 STRIPS = 2
 """Strips in memory: the one that windows are cut from, and the one above."""
 AHEAD = 8
