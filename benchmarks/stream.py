@@ -14,21 +14,25 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from statistics import mean
 
 import psutil
 
 RINGMOE = [sys.executable, "-m", "ringmoe_cli"]
 FREE = 45e9
 BLOCK = 16 << 20
+REST = 20
+"""Seconds before a rate is taken: by then a virtual machine has handed free memory to its host."""
 
 LOAD = """
-import time, torch
+import json, time, torch
 from model import RingMoE
+time.sleep({rest})
 start = time.perf_counter()
 net = RingMoE.from_pretrained({model!r}, modality="opt")
 seconds = time.perf_counter() - start
 size = sum(p.numel() * p.element_size() for p in net.parameters())
-print({{"seconds": round(seconds, 2), "bytes": size, "rate": round(size / seconds / 1e9, 3)}})
+print(json.dumps({{"bytes": size, "rate": size / seconds / 1e9}}))
 """
 RUN = """
 import time, torch
@@ -75,7 +79,7 @@ for stage, width in enumerate(config.widths):
 print(json.dumps({{"chips": count, "seconds": seconds, "peak_gb": peaks}}))
 """
 """One layer of every stage, its tokens random, two steps of the descent: memory is that of any."""
-PROGRAMS = {"load": LOAD, "run": RUN, "fit": FIT}
+PROGRAMS = {"run": RUN, "fit": FIT}
 COMPRESS = """
 import json, time
 from pathlib import Path
@@ -173,6 +177,24 @@ def measured(name: str, command: list[str]) -> dict[str, object]:
     return facts
 
 
+def load(model: Path, turns: int = 4) -> None:
+    """Loading and a plain read of the same number of bytes, in turns, after the same rest."""
+    command = [sys.executable, "-c", LOAD.format(model=str(model), rest=REST)]
+    loads, plain, size = [], [], 0.0
+    for turn in range(turns):
+        for plainly in (turn % 2 == 1, turn % 2 == 0):
+            drop_cache(model)
+            if plainly:
+                time.sleep(REST)
+                plain.append(read_rate(model, size))
+            else:
+                told = json.loads(str(measured("load", command)["said"]))
+                size = told["bytes"]
+                loads.append(told["rate"])
+    share = mean(loads) / mean(plain)
+    print(json.dumps({"step": "load", "rate": loads, "disk": plain, "share": round(share, 3)}))
+
+
 def prune(model: Path, name: str, *arguments: str) -> None:
     """One pruning, its result deleted, between two measurements of the disk.
 
@@ -240,6 +262,8 @@ def walk_through(model: Path, arguments: argparse.Namespace) -> None:
     if "convert" in steps:
         words = ["convert", "--random", arguments.preset, "--task", "segmentation", "-o"]
         measured("convert", [*RINGMOE, *words, str(model)])
+    if "load" in steps:
+        load(model)
     for name in (n for n in steps if n in PROGRAMS):
         rate = read_rate(model)
         program = PROGRAMS[name].format(model=str(model))
