@@ -40,10 +40,7 @@ def encoder_for(path: Path | str, sources: Mapping[str, Sequence[int]]) -> RingM
 
 
 def adapt_bands(encoder: RingMoE, modality: str, sources: Sequence[int]) -> None:
-    """Give a patch embedding other channels, each a copy of an old one.
-
-    Where an old channel is copied k times its weights are divided by k, so that the embedding of
-    k equal bands is that of the one band; reordered or left-out bands keep their weights.
+    """Give a patch embedding other channels, each a copy of an old one (see `adapted`).
 
     Args:
         encoder: changed in place, its config too.
@@ -55,16 +52,27 @@ def adapt_bands(encoder: RingMoE, modality: str, sources: Sequence[int]) -> None
     if list(sources) == list(range(old.projection.in_channels)):
         return
     new = PatchEmbed(len(sources), encoder.config)
-    copies = torch.tensor([sources.count(s) for s in sources], dtype=old.projection.weight.dtype)
     with torch.no_grad():
-        new.projection.weight.copy_(
-            old.projection.weight[:, list(sources)] / copies.view(1, -1, 1, 1)
-        )
+        new.projection.weight.copy_(adapted(old.projection.weight, sources))
         new.projection.bias.copy_(old.projection.bias)  # type: ignore[union-attr,arg-type]
     new.norm.load_state_dict(old.norm.state_dict())
     encoder.patch_embeds[modality] = new
     channels = {**encoder.config.channels, modality: len(sources)}
     encoder.config = replace(encoder.config, channels=channels)
+
+
+def adapted(weight: Tensor, sources: Sequence[int]) -> Tensor:
+    """The weights (D, channels, p, p) of an embedding for other channels.
+
+    Where an old channel is copied k times its weights are divided by k, so that the embedding of
+    k equal bands is that of the one band; reordered or left-out bands keep their weights.
+
+    Args:
+        weight: of the old channels.
+        sources: for each new channel the old one it starts from.
+    """
+    copies = torch.tensor([sources.count(s) for s in sources], dtype=weight.dtype)
+    return weight[:, list(sources)] / copies.view(1, -1, 1, 1)
 
 
 class Convpass(nn.Module):

@@ -36,13 +36,19 @@ def drawn(config: ModelConfig, objective: PretrainConfig, seed: int) -> Source:
     def draw(part: str) -> Mapping[str, Tensor]:
         with torch.random.fork_rng(devices=[]), torch.device("cpu"):
             torch.manual_seed(zlib.crc32(part.encode()) ^ seed)
-            if part:
-                stage, block = (int(word) for word in part.split(".") if word.isdigit())
-                return Block(config, stage, block).apply(initialise).state_dict()
-            empty = replace(config, depths=(0,) * len(config.depths), kept={})
-            return MaskedImageModel(empty, objective).state_dict()
+            module = module_of(part, config, objective)
+            return (module.apply(initialise) if part else module).state_dict()
 
     return draw
+
+
+def module_of(part: str, config: ModelConfig, objective: PretrainConfig) -> nn.Module:
+    """A block, or a network without its blocks."""
+    if part:
+        stage, block = (int(word) for word in part.split(".") if word.isdigit())
+        return Block(config, stage, block)
+    empty = replace(config, depths=(0,) * len(config.depths), kept={})
+    return MaskedImageModel(empty, objective)
 
 
 def fill(network: MaskedImageModel, source: Source) -> None:

@@ -21,7 +21,7 @@ from model.encoder import RingMoE
 from model.normalisation import Normalisation
 from model.tasks.network import load_task_network
 from ringmoe_cli.app import app
-from ringmoe_cli.jobs.finetuning import nearest_channels
+from ringmoe_cli.jobs.inheriting import nearest_channels
 from ringmoe_cli.scene.simulate import simulate_scene, write_scene
 
 SIZES = (

@@ -86,6 +86,16 @@ def test_two_processes_train_as_one_and_resume_on_another_number(
     assert Journal(tmp_path / "two" / "routing.jsonl").rows()[-1]["step"] == 12
 
 
+def test_processes_read_their_own_experts_of_a_checkpoint(store: Path, tmp_path: Path) -> None:
+    finish(start(words(store, tmp_path / "first", 2)))
+    init = ("--init", str(tmp_path / "first"))
+    finish(start(words(store, tmp_path / "one", 4, *init)))
+    finish(start(words(store, tmp_path / "two", 4, *init, "--nproc", "2", "--set", "train.ep=2")))
+    finish(start(words(store, tmp_path / "cut", 4, *init, "--nproc", "2")))
+    assert losses(tmp_path / "two") == pytest.approx(losses(tmp_path / "one"), rel=1e-3)
+    assert losses(tmp_path / "cut") == pytest.approx(losses(tmp_path / "one"), rel=1e-3)
+
+
 def test_tasks_of_srun_find_each_other(store: Path, tmp_path: Path) -> None:
     slurm = {
         "SLURM_NTASKS": "2", "SLURM_STEP_NODELIST": "localhost", "SLURM_JOB_ID": "7",

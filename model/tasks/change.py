@@ -39,7 +39,7 @@ class Change(Head):
 
     def forward(self, features: Features, size: tuple[int, int]) -> Tensor:
         """Logits (B, K, H, W) from maps of 2·B dates."""
-        stages, detail = with_detail(features)
+        stages, detail = with_detail(features, self.task)
         maps = self.neck(stages)  # (2B, C, h, w), rows b·2 + t
         words = self.words(maps)  # (2B, L, C)
         words = self.discuss(words.view(-1, 2 * TOKENS, words.shape[-1])).view(words.shape)

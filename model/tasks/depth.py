@@ -53,7 +53,7 @@ class Depth(Head):
 
     def forward(self, features: Features, size: tuple[int, int]) -> DepthOutput:
         """Heights as the mean of the bin centres under each pixel's probabilities."""
-        stages, detail = with_detail(features)
+        stages, detail = with_detail(features, self.task)
         pixels = self.describe(self.decoder(stages), size, detail)  # (B, c, H, W)
         queries = self.read(self.queries.expand(len(pixels), -1, -1), self.remember(stages))
         centres = self.centres(queries)

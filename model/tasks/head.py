@@ -65,9 +65,9 @@ class Head(nn.Module, ABC):
         """A fresh metric of this task."""
 
 
-def with_detail(features: Features) -> tuple[Features, Tensor | None]:
-    """The four stages, and the map at full resolution if there is one."""
-    return features[:4], features[4] if len(features) > 4 else None
+def with_detail(features: Features, task: TaskConfig) -> tuple[Features, Tensor | None]:
+    """The stages, and the map at full resolution if the head of this task has one."""
+    return (features[:-1], features[-1]) if task.detail else (features, None)
 
 
 def seen(batch: Batch) -> Tensor:

@@ -25,7 +25,7 @@ class Segmentation(Head):
 
     def forward(self, features: Features, size: tuple[int, int]) -> Tensor:
         """Logits (B, K, H, W)."""
-        stages, detail = with_detail(features)
+        stages, detail = with_detail(features, self.task)
         logits: Tensor = self.classify(self.decoder(stages), size, detail)
         return logits
 

@@ -29,6 +29,13 @@ def convert(
         Path | None,
         typer.Option(help="JSON with model fields that the file does not tell (window, gate …)."),
     ] = None,
+    statistics: Annotated[
+        list[Path] | None,
+        typer.Option(
+            help="Tile store of scenes that imported weights are for: how to normalise "
+            "them, for `embed`; training knows by itself. Repeatable."
+        ),
+    ] = None,
     dtype: Annotated[str, typer.Option(help="bfloat16 or float32, with --random.")] = "bfloat16",
     seed: Annotated[int, typer.Option(help="Of random weights.")] = 0,
     output: Output = None,
@@ -45,13 +52,19 @@ def convert(
 
         ringmoe convert swinv2-tiny/ --modality opt=3,ms=4 -o upcycled
 
+        ringmoe convert swinv2-tiny/ --statistics tiles.zarr -o upcycled
+
         ringmoe convert --random 14b --task segmentation -o big
     """
     if (weights is None) == (random is None):
         raise typer.BadParameter("name a weight file or folder, or --random and a preset")
     from ringmoe_cli.jobs import conversion
 
-    source = conversion.Source(weights, random, task, modality, config, dtype, seed)
+    if statistics and random:
+        raise typer.BadParameter("--statistics is for imported weights")
+    source = conversion.Source(
+        weights, random, task, modality, config, dtype, seed, tuple(statistics or ())
+    )
     out = conversion.output_path(source, output, overwrite)
     facts = conversion.convert(source, out)
     console.result({**facts, "output": str(out)} if as_json else out)

@@ -17,6 +17,10 @@ def pretrain(
     ] = None,
     recipe: Recipe = None,
     output: Annotated[Path, typer.Option("--output", "-o", help="Run folder.")] = Path("runs/pre"),
+    init: Annotated[
+        Path | None,
+        typer.Option(help="Checkpoint to go on from, with its model; random weights if absent."),
+    ] = None,
     steps: Annotated[int | None, typer.Option(help="Updates of the weights.")] = None,
     changes: Set = None,
     skip_nan: Annotated[
@@ -41,6 +45,7 @@ def pretrain(
     Examples:
         ringmoe pretrain tiles.zarr --recipe pretrain-nano -o runs/pre
         ringmoe pretrain s2.zarr s1.zarr -o runs/pre --set modalities.ms.weight=0.5
+        ringmoe pretrain tiles.zarr --init upcycled -o runs/pre
         ringmoe pretrain tiles.zarr --nproc 4
         ringmoe pretrain
     """
@@ -58,6 +63,7 @@ def pretrain(
         stores=tuple(stores or ()),
         output=output,
         recipe=load_pretrain_recipe(recipe or "pretrain-nano", [*said, *(changes or ())]),
+        init=init,
         device=chosen_device(device),
         overwrite=overwrite,
         workers=workers,

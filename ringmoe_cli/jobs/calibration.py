@@ -65,7 +65,10 @@ def calibration_chips(
                 f"the model is calibrated on {', '.join(modalities)}"
             )
         if name not in about.normalisation:
-            raise StoreError(f"the model does not say how {name} is normalised")
+            raise StoreError(
+                f"the model does not say how {name} is normalised; "
+                "convert it again with --statistics and a tile store of such scenes"
+            )
     return {name: chips_of(stores, about, name, count) for name in modalities}
 
 

@@ -10,6 +10,7 @@ from ringmoe_cli import console
 from ringmoe_cli.errors import CheckpointError, OutputExistsError
 
 if TYPE_CHECKING:
+    from model.config import ModelConfig
     from model.weights import Weights
 
 CONFIG = "config.json"
@@ -34,6 +35,8 @@ class Source:
     """Of a random model."""
     seed: int
     """Of a random model."""
+    statistics: tuple[Path, ...] = ()
+    """Tile stores that say how the input is normalised."""
 
 
 def output_path(source: Source, output: Path | None, overwrite: bool) -> Path:
@@ -122,6 +125,7 @@ def write_released(source: Source, weights: "Weights", work: Path) -> dict[str, 
         kind="pretraining" if whole else "encoder",
         pretraining=PretrainConfig(sar_l1_target="pixels") if whole else None,
         provenance={"imported": "released RingMoE"},
+        **input_of(source, config),
     )
     write_checkpoint(work, about, specs, tensors)
     return {"kind": "released", "modalities": list(config.modalities), "unused": unused}
@@ -139,9 +143,36 @@ def write_upcycled(source: Source, weights: "Weights", work: Path) -> dict[str, 
     )
     specs, tensors = upcycled(swin, config, source.seed)
     room(work, sum(spec.nbytes for spec in specs))
-    about = CheckpointConfig(config, provenance={"imported": f"Swin V2 ({swin.layout})"})
+    imported = {"imported": f"Swin V2 ({swin.layout})"}
+    about = CheckpointConfig(config, provenance=imported, **input_of(source, config))
     write_checkpoint(work, about, specs, tensors)
     return {"kind": "upcycled", "layout": swin.layout, "modalities": list(config.modalities)}
+
+
+def input_of(source: Source, config: "ModelConfig") -> dict[str, Any]:
+    """What `--statistics` says about the input: normalisation and metres per pixel.
+
+    Raises:
+        CheckpointError: if the stores hold other modalities or numbers of bands than the model.
+    """
+    if not source.statistics:
+        return {}
+    from ringmoe_cli.scene.loader import store_gsd, store_normalisation
+    from ringmoe_cli.scene.tiles import open_store
+
+    stores = [open_store(path) for path in source.statistics]
+    named = ", ".join(map(str, source.statistics))
+    found = store_normalisation(stores)
+    for name, channels in config.channels.items():
+        if name not in found:
+            raise CheckpointError(f"{named} holds {', '.join(found)}, but the model reads {name}")
+        if len(found[name].bands) != channels:
+            raise CheckpointError(
+                f"{name} has {len(found[name].bands)} bands in {named} and {channels} in the model;"
+                f" name a store with those bands, or --modality {name}={len(found[name].bands)}"
+            )
+    used = {name: found[name] for name in config.channels}
+    return {"normalisation": used, "gsd": store_gsd(stores, used)}
 
 
 def changes(source: Source) -> dict[str, Any]:

@@ -303,7 +303,10 @@ def the_modality(config: CheckpointConfig, said: str | None, directory: Path) ->
     """
     known = tuple(config.normalisation)
     if not known:
-        raise CheckpointError(f"{directory} does not say how its input was normalised")
+        raise CheckpointError(
+            f"{directory} does not say how its input is normalised; "
+            "convert it again with --statistics and a tile store of such scenes"
+        )
     if said is None and len(known) > 1:
         raise RingmoeError(f"{directory} reads {', '.join(known)}; choose one with --modality")
     modality = said or known[0]

@@ -26,18 +26,16 @@ from model.tasks.network import TaskNetwork
 from model.train import train
 from ringmoe_cli import console
 from ringmoe_cli.errors import CheckpointError, RingmoeError
+from ringmoe_cli.jobs.inheriting import inherited_input
 from ringmoe_cli.jobs.runs import claim_run, stop_requests
 from ringmoe_cli.jobs.scores import as_text, plain
 from ringmoe_cli.jobs.taskdata import DataRequest, TaskData, open_task_data
 from ringmoe_cli.machine import keep_memory_of_updates
 from ringmoe_cli.recipe import FinetuneRecipe, model_config, settings
-from ringmoe_cli.scene.bands import WAVELENGTHS
 
 SCORES = "scores.json"
 PROBED = 20_000
 """Windows that a classifier's first weights are fitted to, at most."""
-FAR = 5.0
-"""Data whose mean is so many deviations from the checkpoint's has other units."""
 
 
 @dataclass(frozen=True)
@@ -115,66 +113,23 @@ def starting_point(
 ) -> tuple[RingMoE, dict[str, Normalisation]]:
     """The encoder for the data's bands, and what normalises them.
 
-    The checkpoint's normalisation is kept where its bands and units are the data's; otherwise the
-    data's own statistics are taken, and said so.
+    Raises:
+        CheckpointError: if the checkpoint lacks a modality of the data.
     """
     channels = data.training.channels
     measured = dict(data.measure())
     if request.init is None:
         sizes = {m: len(names) for m, names in channels.items()}
         return RingMoE(model_config(request.recipe.model, sizes)), measured
-    known = read_config(request.init).normalisation
+    known = read_config(request.init).model.channels
     missing = [m for m in channels if m not in known]
     if missing:
         raise CheckpointError(
             f"{request.init} was trained on {', '.join(known)}, but the data is {missing[0]}; "
             "choose scenes with --modality, or another --init"
         )
-    sources = {m: nearest_channels(names, known[m].bands) for m, names in channels.items()}
-    chosen = {}
-    for m, names in channels.items():
-        kept = picked(known[m], names)
-        chosen[m] = kept if kept and same_units(kept, measured[m]) else measured[m]
-        if chosen[m] is not kept:
-            why = "units" if kept else f"bands ({', '.join(known[m].bands)})"
-            console.warn(f"{m}: {request.init} has other {why}; normalising with this data's own")
+    sources, chosen = inherited_input(request.init, measured)
     return encoder_for(request.init, sources), chosen
-
-
-def nearest_channels(wanted: tuple[str, ...], held: tuple[str, ...]) -> list[int]:
-    """For each wanted channel the held one of its name, or nearest in wavelength, or in place."""
-
-    def source(position: int, name: str) -> int:
-        if name in held:
-            return held.index(name)
-        waves = {i: WAVELENGTHS[h] for i, h in enumerate(held) if h in WAVELENGTHS}
-        if name in WAVELENGTHS and waves:
-            return min(waves, key=lambda i: abs(waves[i] - WAVELENGTHS[name]))
-        return min(position, len(held) - 1)
-
-    return [source(i, name) for i, name in enumerate(wanted)]
-
-
-def picked(known: Normalisation, names: tuple[str, ...]) -> Normalisation | None:
-    """The checkpoint's normalisation of these channels, or None if it lacks one."""
-    if any(n not in known.bands for n in names):
-        return None
-    at = [known.bands.index(n) for n in names]
-    return Normalisation(
-        names,
-        tuple(known.mean[i] for i in at),
-        tuple(known.std[i] for i in at),
-        known.power_db,
-    )
-
-
-def same_units(known: Normalisation, measured: Normalisation) -> bool:
-    """Whether data with these statistics can be meant by the checkpoint's normalisation."""
-    pairs = zip(known.mean, known.std, measured.mean, measured.std, strict=True)
-    return all(
-        abs(mine - mean) < FAR * std and std / FAR < spread < std * FAR
-        for mean, std, mine, spread in pairs
-    )
 
 
 def with_head(encoder: RingMoE, request: FinetuneRequest, data: TaskData) -> TaskNetwork:

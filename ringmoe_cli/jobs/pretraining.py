@@ -4,7 +4,6 @@ import json
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from statistics import median
 from typing import Any
 
 import torch
@@ -12,6 +11,7 @@ import torch
 from model.batch import Batch
 from model.checkpoint import CheckpointConfig, disk_names, disk_tensors, save_checkpoint
 from model.config import ModelConfig
+from model.inherit import Heritage, inherited
 from model.normalisation import Normalisation
 from model.parallel import (
     Ranks,
@@ -25,18 +25,19 @@ from model.parallel import (
 )
 from model.physics import local_looks, log_floor, span
 from model.pretrain import MaskedImageModel, with_masks
-from model.start import drawn, fill
+from model.start import Source, drawn, fill
 from model.state import TrainingState
 from model.train import ALONE, Crew, StepReport, compile_blocks, recompute_blocks, train
 from model.utilisation import Utilisation
 from ringmoe_cli import console
 from ringmoe_cli.errors import RecipeError, RingmoeError, StoreError
+from ringmoe_cli.jobs.inheriting import inherited_input
 from ringmoe_cli.jobs.runs import claim_run, stop_requests
 from ringmoe_cli.jobs.watching import RoutingLog, Watch
 from ringmoe_cli.machine import keep_memory_of_updates
 from ringmoe_cli.ranks import launched, meet_on_slurm
 from ringmoe_cli.recipe import PretrainRecipe, settings
-from ringmoe_cli.scene.loader import pretraining_batches, store_normalisation
+from ringmoe_cli.scene.loader import pretraining_batches, store_gsd, store_normalisation
 from ringmoe_cli.scene.tiles import Store, open_store
 
 SIMULATED = "simulated"
@@ -59,6 +60,8 @@ class PretrainRequest:
     """Run folder."""
     recipe: PretrainRecipe
     """Model, objective, loop and mix."""
+    init: Path | None = None
+    """Checkpoint to go on from, with its model; None: random weights of the recipe's model."""
     device: str = "cpu"
     """Where to compute."""
     overwrite: bool = False
@@ -127,10 +130,9 @@ def pretrain_together(request: PretrainRequest, who: Ranks) -> dict[str, Any]:
     done = claimed(request, facts, who)
     data = open_data(request.stores or simulated_stores(output / SIMULATED), recipe)
     torch.manual_seed(config.seed)
-    model = recipe.model_config(data.channels)
+    model, weights, data = first_weights(request, data, who)
     with torch.device("meta"):
         network = MaskedImageModel(model, recipe.objective, data.normalisation)
-    weights = drawn(model, recipe.objective, config.seed)
     if who.world == 1:
         fill(network, weights)
     routing = RoutingLog(network.encoder, config, output, done, total)
@@ -178,6 +180,26 @@ def pretrain_together(request: PretrainRequest, who: Ranks) -> dict[str, Any]:
     return {"run": str(output), "step": step, **watch.last, **speckle_floor(data, request)}
 
 
+def first_weights(
+    request: PretrainRequest, data: PretrainData, who: Ranks
+) -> tuple[ModelConfig, Source, PretrainData]:
+    """The model, where its weights come from, and the data as they know it."""
+    recipe, seed = request.recipe, request.recipe.train.seed
+    if request.init is None:
+        model = recipe.model_config(data.channels)
+        return model, drawn(model, recipe.objective, seed), data
+    bands, normalisation = inherited_input(request.init, data.normalisation)
+    ep = recipe.train.ep if who.world > 1 else 1
+    heritage = Heritage(request.init, bands, (who.rank % ep, ep))
+    model = heritage.model(data.channels)
+    for name in sorted(set(model.modalities) - bands.keys()):
+        console.say(f"{name} is new to {request.init}: its own weights start at random")
+    for name in sorted(heritage.about.model.channels.keys() - bands.keys()):
+        console.warn(f"{name} of {request.init} is left out: no scenes of it")
+    source = inherited(heritage, model, recipe.objective, seed)
+    return model, source, replace(data, normalisation=normalisation)
+
+
 def claimed(request: PretrainRequest, facts: Mapping[str, Any], who: Ranks) -> int:
     """Let the first process claim the run folder and simulate missing data; updates done.
 
@@ -215,7 +237,8 @@ def provenance(request: PretrainRequest) -> dict[str, Any]:
     """What decides the run: the same facts mean that it may be resumed."""
     plain = json.loads(json.dumps(settings(request.recipe)))
     stores = [str(s) for s in request.stores] or ["simulated"]
-    return {"command": "pretrain", "stores": stores, "recipe": plain}
+    init = {"init": str(request.init)} if request.init else {}
+    return {"command": "pretrain", "stores": stores, **init, "recipe": plain}
 
 
 def open_data(paths: Sequence[Path], recipe: PretrainRecipe) -> PretrainData:
@@ -234,12 +257,7 @@ def open_data(paths: Sequence[Path], recipe: PretrainRecipe) -> PretrainData:
         raise StoreError(f"{named} holds {', '.join(found)}; the recipe uses {', '.join(wanted)}")
     for name in found.keys() - used.keys():
         console.warn(f"{name} scenes are left out: the recipe gives them no weight")
-    gsd: dict[str, float] = {}
-    for name in used:
-        scenes = [s.scene for store in stores for s in store.scenes_of(name)]
-        metres = [s.gsd for s in scenes if s.gsd]
-        gsd |= {name: float(median(metres))} if metres else {}
-    return PretrainData(stores, used, gsd)
+    return PretrainData(stores, used, store_gsd(stores, used))
 
 
 def masked_batches(

@@ -4,9 +4,10 @@ Batch `s` of a run is a pure function of the seed: it has the same chips whether
 one rank or cut over many, by workers or in this process, in a fresh or a resumed run.
 """
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import count
+from statistics import median
 from typing import Any
 
 import numpy as np
@@ -205,6 +206,16 @@ def store_normalisation(
             found[modality] = normalisation_of(scenes, wanted)
     if not found:
         raise StoreError(f"{', '.join(map(str, paths(stores)))}: no scenes")
+    return found
+
+
+def store_gsd(stores: Sequence[Store], modalities: Iterable[str]) -> dict[str, float]:
+    """Median metres per pixel of the scenes of some modalities, where known."""
+    found: dict[str, float] = {}
+    for modality in modalities:
+        scenes = [s.scene for store in stores for s in store.scenes_of(modality)]
+        metres = [scene.gsd for scene in scenes if scene.gsd]
+        found |= {modality: float(median(metres))} if metres else {}
     return found
 
 
