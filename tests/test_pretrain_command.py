@@ -176,6 +176,24 @@ def test_stopped_run_from_a_checkpoint_goes_on(store: Path, tmp_path: Path) -> N
     assert curve(tmp_path / "parts") == curve(tmp_path / "whole")
 
 
+def test_the_checkpoint_is_checked_before_anything_is_written(store: Path, tmp_path: Path) -> None:
+    first = tmp_path / "first"
+    pretrain(request(store, first, *STILL))
+    before = tensors_of(first)
+    wanted = replace(request(store, first, *STILL), init=first, overwrite=True)
+    with pytest.raises(RingmoeError, match="is the checkpoint to start from"):
+        pretrain(wanted)
+    assert all(torch.equal(before[n], t) for n, t in tensors_of(first).items())
+    second = replace(request(store, tmp_path / "second", *STILL), init=first)
+    with pytest.raises(ValueError, match="is not a checkpoint"):
+        pretrain(replace(second, init=tmp_path / "nothing"))
+    shard = next(first.glob("model*.safetensors"))
+    os.truncate(shard, shard.stat().st_size - 1)
+    with pytest.raises(ValueError, match=shard.name):
+        pretrain(second)
+    assert not (tmp_path / "second").exists()
+
+
 # run folders
 
 

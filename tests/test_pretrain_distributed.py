@@ -112,11 +112,14 @@ def test_tasks_of_srun_find_each_other(store: Path, tmp_path: Path) -> None:
 
 def test_failure_of_the_first_process_ends_all_with_one_line(store: Path, tmp_path: Path) -> None:
     (tmp_path / "precious").write_text("not a run")
-    running = start(words(store, tmp_path, 6, "--nproc", "2"))
-    _, err = running.communicate(timeout=120)
-    assert running.returncode == 1
-    assert err.count("error:") == 1, err
-    assert "Traceback" not in err
+    lost = ("--init", str(tmp_path / "nothing"))
+    for folder, more in ((tmp_path, ()), (tmp_path / "run", lost)):
+        running = start(words(store, folder, 6, "--nproc", "2", *more))
+        _, err = running.communicate(timeout=120)
+        assert running.returncode == 1
+        assert err.count("error:") == 1, err
+        assert "Traceback" not in err
+    assert not (tmp_path / "run").exists()
 
 
 def torchrun(restarts: int) -> list[str]:

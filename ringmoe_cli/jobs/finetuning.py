@@ -26,7 +26,7 @@ from model.tasks.network import TaskNetwork
 from model.train import train
 from ringmoe_cli import console
 from ringmoe_cli.errors import CheckpointError, RingmoeError
-from ringmoe_cli.jobs.inheriting import inherited_input
+from ringmoe_cli.jobs.inheriting import check_init, inherited_input
 from ringmoe_cli.jobs.runs import claim_run, stop_requests
 from ringmoe_cli.jobs.scores import as_text, plain
 from ringmoe_cli.jobs.taskdata import DataRequest, TaskData, open_task_data
@@ -69,6 +69,7 @@ def finetune(request: FinetuneRequest) -> dict[str, Any]:
     """
     if int(os.environ.get("WORLD_SIZE", "1")) > 1:
         raise RingmoeError("finetune trains on one process; start it without torchrun")
+    check_init(request.init, request.output)
     keep_memory_of_updates()
     size, rotated = window_size(request), request.recipe.task.rotated
     request = replace(request, data=replace(request.data, size=size, rotated=rotated))

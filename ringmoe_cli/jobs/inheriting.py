@@ -3,13 +3,29 @@
 from collections.abc import Mapping
 from pathlib import Path
 
-from model.checkpoint import read_config
+from model.checkpoint import open_tensors, read_config
 from model.normalisation import Normalisation
 from ringmoe_cli import console
+from ringmoe_cli.errors import RingmoeError
 from ringmoe_cli.scene.bands import WAVELENGTHS
 
 FAR = 5.0
 """Data whose mean is so many deviations from the checkpoint's has other units."""
+
+
+def check_init(init: Path | None, output: Path) -> None:
+    """Refuse a checkpoint to start from before anything is written.
+
+    Raises:
+        ValueError: if it is none, or incomplete.
+        RingmoeError: if it stands where the run shall go: `--overwrite` would delete it.
+    """
+    if init is None:
+        return
+    read_config(init)
+    open_tensors(init)
+    if init.resolve() == output.resolve():
+        raise RingmoeError(f"{output} is the checkpoint to start from; choose another -o")
 
 
 def inherited_input(

@@ -31,7 +31,7 @@ from model.train import ALONE, Crew, StepReport, compile_blocks, recompute_block
 from model.utilisation import Utilisation
 from ringmoe_cli import console
 from ringmoe_cli.errors import RecipeError, RingmoeError, StoreError
-from ringmoe_cli.jobs.inheriting import inherited_input
+from ringmoe_cli.jobs.inheriting import check_init, inherited_input
 from ringmoe_cli.jobs.runs import claim_run, stop_requests
 from ringmoe_cli.jobs.watching import RoutingLog, Watch
 from ringmoe_cli.machine import keep_memory_of_updates
@@ -208,6 +208,7 @@ def claimed(request: PretrainRequest, facts: Mapping[str, Any], who: Ranks) -> i
     steps, failure = request.recipe.train.steps, None
     if who.rank == 0:
         try:
+            check_init(request.init, request.output)
             claim_run(request.output, facts, steps, request.overwrite)
             if not request.stores:
                 simulated_stores(request.output / SIMULATED)
