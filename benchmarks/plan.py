@@ -1,6 +1,6 @@
 """The plan against real training: memory and time of a rank, on 1, 2 and 4 gloo processes.
 
-    python benchmarks/plan.py [--presets nano tiny] [--rounds 3]
+    python benchmarks/plan.py [--presets nano tiny]
 
 Each case is several launches of as many processes. The first measures what the plan adds up: one
 block of every stage as the ranks run it together, everything outside the blocks, AdamW
@@ -10,8 +10,7 @@ out: what the allocator wastes, copies around messages, time between the parts. 
 nothing of it goes into the plan. With `--alone` every rank times blocks for itself, and their
 messages are counted. One thread a rank, fp32, optical images; four ranks share two cores. Memory is
 the growth of the peak resident set over that of a process that has joined the others; time is the
-median of updates on the clock, so the machine must be quiet. `--throughput tiny` compares expert
-parallelism of two one-thread ranks with one process of two threads, on the same images.
+median of updates on the clock, so the machine must be quiet.
 """
 
 import argparse
@@ -317,21 +316,21 @@ def shards_link(ep: int) -> Link:
     return link(*points, messages=1 if whole else 3)
 
 
-def launch(mode: str, preset: str, ranks: int, ep: int, threads: int = 1) -> Any:
+def launch(mode: str, preset: str, ranks: int, ep: int) -> Any:
     """Run the ranks of a case; what the first one reports."""
     out = Path(tempfile.mkdtemp()) / "rank0.json"
     program = [sys.executable]
     if ranks > 1:
         program += ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={ranks}"]
     words = [__file__, mode, "--presets", preset, "--ep", str(ep), "--out", str(out)]
-    environment = {**os.environ, "OMP_NUM_THREADS": str(threads)}
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     subprocess.run([*program, *words], check=True, env=environment)
     return json.loads(out.read_text())
 
 
-def measure(preset: str, ranks: int, ep: int, threads: int = 1) -> Measured:
+def measure(preset: str, ranks: int, ep: int) -> Measured:
     """Train."""
-    return Measured(*launch("--train-rank", preset, ranks, ep, threads))
+    return Measured(*launch("--train-rank", preset, ranks, ep))
 
 
 def cluster(ranks: int, found: dict[str, Any], more: LeftOut) -> Cluster:
@@ -362,23 +361,11 @@ def predictions(presets: list[str], cases: list[tuple[int, int]]) -> None:
             print(f"{cost}\n{parts}\n{more}", file=sys.stderr, flush=True)
 
 
-def throughput(preset: str, rounds: int) -> None:
-    """Two one-thread ranks with expert parallelism over one two-thread process."""
-    ratios = []
-    for _ in range(rounds):
-        one, two = measure(preset, 1, 1, threads=2), measure(preset, 2, 2)
-        ratios.append(one.seconds / two.seconds)
-        print(f"{preset}: {one.seconds:.3f} s alone, {two.seconds:.3f} s with ep 2", flush=True)
-    print(f"{preset}: throughput {median(ratios):.2f} of one process with two threads")
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--presets", nargs="*", default=["nano", "tiny"])
     parser.add_argument("--cases", nargs="+", help="ranks:ep", default=["1:1", "2:1", "2:2", "4:2"])
     parser.add_argument("--alone", action="store_true")
-    parser.add_argument("--throughput", help="preset")
-    parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--train-rank", action="store_true", help=argparse.SUPPRESS)
     parser.add_argument("--probe-rank", action="store_true", help=argparse.SUPPRESS)
     for name in ("ep", "out"):
@@ -388,8 +375,6 @@ def main() -> None:
         train_rank(args.presets[0], int(args.ep), STEPS, Path(args.out))
     elif args.probe_rank:
         probe_rank(args.presets[0], int(args.ep), Path(args.out))
-    elif args.throughput:
-        throughput(args.throughput, args.rounds)
     else:
         os.environ |= {ALONE: "1"} if args.alone else {}
         pairs = [tuple(map(int, case.split(":"))) for case in args.cases]
