@@ -4,6 +4,7 @@ import os
 import signal
 import sys
 from collections.abc import Callable
+from contextlib import suppress
 from inspect import cleandoc
 from typing import Any, NoReturn
 
@@ -22,6 +23,7 @@ from ringmoe_cli.commands.pretrain import pretrain
 from ringmoe_cli.commands.prune import prune
 from ringmoe_cli.commands.tile import tile
 from ringmoe_cli.errors import RingmoeError
+from ringmoe_cli.ranks import launched
 
 COMMANDS: tuple[Callable[..., None], ...] = (
     demo,
@@ -87,19 +89,40 @@ def main() -> NoReturn:
     A closed pipe is silence.
     """
     signal.signal(signal.SIGTERM, interrupted)
+    code = exit_code()
+    if launched():
+        end_at_once(code)
+    sys.exit(code)
+
+
+def exit_code() -> int:
+    """Run the command line; how it ended."""
     try:
         app(standalone_mode=True)
+    except SystemExit as ended:
+        return ended.code if isinstance(ended.code, int) else int(bool(ended.code))
     except BrokenPipeError:
         silence_stdout()
-        sys.exit(0)
     except KeyboardInterrupt:
-        sys.exit(130)
+        return 130
     except (RingmoeError, ValueError, OSError, MemoryError) as failure:
         if os.environ.get("RINGMOE_TRACEBACK"):
             raise
         console.error(one_line(failure))
-        sys.exit(1)
-    sys.exit(0)
+        return 1
+    return 0
+
+
+def end_at_once(code: int) -> NoReturn:
+    """End one of several processes without Python's tidying up.
+
+    Caches of torch keep process groups, and gloo's threads with them, until the very end, where
+    they now and then abort a process that has done its work.
+    """
+    with suppress(OSError):
+        sys.stdout.flush()
+        sys.stderr.flush()
+    os._exit(code)
 
 
 def one_line(failure: BaseException) -> str:

@@ -15,6 +15,7 @@ from model.parallel import clip_grad_norm, distribute, join, leave, ranks, whole
 from model.pretrain import MaskedImageModel, batch_masks
 from model.start import Source, blocks_of, drawn, fill
 from model.train import recompute_blocks
+from ringmoe_cli.app import end_at_once
 
 CONFIG = ModelConfig(
     embed_dim=8,
@@ -158,3 +159,4 @@ def main(ep: int, folder: Path, scale: float, mode: str) -> None:
 
 if __name__ == "__main__":
     main(int(sys.argv[1]), Path(sys.argv[2]), float(sys.argv[3]), sys.argv[4])
+    end_at_once(0)

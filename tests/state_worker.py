@@ -11,6 +11,7 @@ from model.optim import adamw
 from model.parallel import distribute, join, leave, ranks, whole_tensors
 from model.pretrain import MaskedImageModel
 from model.state import TrainingState, tensors_of
+from ringmoe_cli.app import end_at_once
 
 
 def step(net: MaskedImageModel, optimiser: torch.optim.Optimizer, images: dict) -> None:
@@ -59,3 +60,4 @@ def main(mode: str, ep: int, folder: Path) -> None:
 
 if __name__ == "__main__":
     main(sys.argv[1], int(sys.argv[2]), Path(sys.argv[3]))
+    end_at_once(0)
