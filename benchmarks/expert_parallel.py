@@ -11,14 +11,11 @@ quarter, as in a run whose routers are balanced.
 import argparse
 import json
 import os
-import subprocess
-import sys
-import tempfile
 from pathlib import Path
 from statistics import median
 
 import torch
-from plan import STEPS, empty_process, prepared, updates
+from plan import STEPS, empty_process, prepared, run_ranks, updates
 from torch import Tensor
 
 from model.parallel import leave
@@ -47,14 +44,8 @@ def rank(args: argparse.Namespace) -> None:
 
 def seconds(args: argparse.Namespace, ranks: int) -> float:
     """Of an update on so many ranks, which share two threads."""
-    out = Path(tempfile.mkdtemp()) / "rank0.json"
-    program = [sys.executable]
-    if ranks > 1:
-        program += ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={ranks}"]
-    words = [__file__, "--preset", args.preset, "--images", str(args.images), "--out", str(out)]
-    environment = {**os.environ, "OMP_NUM_THREADS": str(2 // ranks)}
-    subprocess.run([*program, *words, *["--balanced"] * args.balanced], check=True, env=environment)
-    return float(json.loads(out.read_text()))
+    words = [__file__, "--preset", args.preset, "--images", str(args.images)]
+    return float(run_ranks([*words, *["--balanced"] * args.balanced], ranks, threads=2 // ranks))
 
 
 def main() -> None:

@@ -318,13 +318,17 @@ def shards_link(ep: int) -> Link:
 
 def launch(mode: str, preset: str, ranks: int, ep: int) -> Any:
     """Run the ranks of a case; what the first one reports."""
+    return run_ranks([__file__, mode, "--presets", preset, "--ep", str(ep)], ranks)
+
+
+def run_ranks(words: list[str], ranks: int, threads: int = 1) -> Any:
+    """Run a script on some ranks; what the first one writes to its `--out`."""
     out = Path(tempfile.mkdtemp()) / "rank0.json"
     program = [sys.executable]
     if ranks > 1:
         program += ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={ranks}"]
-    words = [__file__, mode, "--presets", preset, "--ep", str(ep), "--out", str(out)]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    subprocess.run([*program, *words], check=True, env=environment)
+    environment = {**os.environ, "OMP_NUM_THREADS": str(threads)}
+    subprocess.run([*program, *words, "--out", str(out)], check=True, env=environment)
     return json.loads(out.read_text())
 
 

@@ -1,12 +1,12 @@
 """What can be done with imported weights: training them, and features once their input is known."""
 
 import pytest
+from small_runs import simulated_store
 from transformers import Swinv2Config, Swinv2Model
 from typer.testing import CliRunner
 
 from model.checkpoint import read_config
 from ringmoe_cli.app import app
-from ringmoe_cli.jobs.pretraining import simulated_stores
 
 
 def ringmoe(*words):
@@ -25,9 +25,7 @@ def swin(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def store(tmp_path_factory):
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("ringmoe_cli.jobs.pretraining.SIMULATED_SIZE", 128)
-        return simulated_stores(tmp_path_factory.mktemp("simulated"))[0]
+    return simulated_store(tmp_path_factory.mktemp("simulated"), 128)
 
 
 def converted(*words):

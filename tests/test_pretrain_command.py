@@ -6,13 +6,12 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
-from training import TIMES
+from small_runs import SMALL, curve, request, simulated_store
 
 from model.checkpoint import read_config
 from model.encoder import RingMoE
@@ -20,34 +19,16 @@ from model.journal import Journal
 from model.plan import Cluster, Workload, plan
 from model.pretrain import MaskedImageModel
 from ringmoe_cli.errors import OutputExistsError, RingmoeError, StoreError
-from ringmoe_cli.jobs.pretraining import PretrainRequest, open_data, pretrain, simulated_stores
+from ringmoe_cli.jobs.pretraining import PretrainRequest, open_data, pretrain
 from ringmoe_cli.jobs.runs import claim_run, first_difference, stop_requests
 from ringmoe_cli.recipe import load_pretrain_recipe
 
-SMALL = (
-    "model.depths=[1,1,1,1]", "model.embed_dim=8", "model.image_size=32", "model.window=4",
-    "model.mask_cell=8", "train.batch_size=8", "train.steps=4", "train.save_every=2",
-    "train.log_every=2",
-)  # fmt: skip
 PROGRAM = Path(sys.executable).parent / "ringmoe"
 
 
 @pytest.fixture(scope="module")
-def store(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("ringmoe_cli.jobs.pretraining.SIMULATED_SIZE", 96)
-        yield simulated_stores(tmp_path_factory.mktemp("simulated"))[0]
-
-
-def request(store: Path, output: Path, *changes: str) -> PretrainRequest:
-    return PretrainRequest(
-        (store,), output, load_pretrain_recipe("pretrain-nano", [*SMALL, *changes])
-    )
-
-
-def curve(folder: Path) -> list[dict[str, float]]:
-    rows = Journal(folder / "metrics.jsonl").rows()
-    return [{k: v for k, v in row.items() if k not in TIMES} for row in rows]
+def store(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return simulated_store(tmp_path_factory.mktemp("simulated"))
 
 
 def test_run_folder_is_a_checkpoint_that_opens_by_modality(store: Path, tmp_path: Path) -> None:

@@ -6,15 +6,14 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
 from pathlib import Path
 from typing import IO
 
 import pytest
+from small_runs import simulated_store
 
 from model.checkpoint import read_config
 from model.journal import Journal
-from ringmoe_cli.jobs.pretraining import simulated_stores
 from ringmoe_cli.ranks import free_port
 
 pytestmark = [pytest.mark.distributed, pytest.mark.timeout(900)]
@@ -29,10 +28,8 @@ CHILDREN = "/proc/{0}/task/{0}/children"
 
 
 @pytest.fixture(scope="module")
-def store(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("ringmoe_cli.jobs.pretraining.SIMULATED_SIZE", 96)
-        yield simulated_stores(tmp_path_factory.mktemp("simulated"))[0]
+def store(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return simulated_store(tmp_path_factory.mktemp("simulated"))
 
 
 def words(store: Path, output: Path, steps: int, *more: str) -> list[str]:

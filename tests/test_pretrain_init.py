@@ -2,44 +2,23 @@
 
 import os
 import signal
-from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
-from training import TIMES
+from small_runs import curve, request, simulated_store
 
 from model.checkpoint import read_config, read_tensors, weight_map
-from model.journal import Journal
 from ringmoe_cli.errors import RingmoeError
-from ringmoe_cli.jobs.pretraining import PretrainRequest, pretrain, simulated_stores
-from ringmoe_cli.recipe import load_pretrain_recipe
+from ringmoe_cli.jobs.pretraining import PretrainRequest, pretrain
 
-SMALL = (
-    "model.depths=[1,1,1,1]", "model.embed_dim=8", "model.image_size=32", "model.window=4",
-    "model.mask_cell=8", "train.batch_size=8", "train.steps=4", "train.save_every=2",
-    "train.log_every=2",
-)  # fmt: skip
 STILL = ("train.lr=0", "train.steps=1", "train.warmup_steps=0")
 
 
 @pytest.fixture(scope="module")
-def store(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("ringmoe_cli.jobs.pretraining.SIMULATED_SIZE", 96)
-        yield simulated_stores(tmp_path_factory.mktemp("simulated"))[0]
-
-
-def request(store: Path, output: Path, *changes: str) -> PretrainRequest:
-    return PretrainRequest(
-        (store,), output, load_pretrain_recipe("pretrain-nano", [*SMALL, *changes])
-    )
-
-
-def curve(folder: Path) -> list[dict[str, float]]:
-    rows = Journal(folder / "metrics.jsonl").rows()
-    return [{k: v for k, v in row.items() if k not in TIMES} for row in rows]
+def store(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return simulated_store(tmp_path_factory.mktemp("simulated"))
 
 
 def tensors_of(folder: Path) -> dict[str, torch.Tensor]:

@@ -238,8 +238,8 @@ def provenance(request: PretrainRequest) -> dict[str, Any]:
     """What decides the run: the same facts mean that it may be resumed."""
     plain = json.loads(json.dumps(settings(request.recipe)))
     stores = [str(s) for s in request.stores] or ["simulated"]
-    init = {"init": str(request.init)} if request.init else {}
-    return {"command": "pretrain", "stores": stores, **init, "recipe": plain}
+    init = str(request.init) if request.init else None
+    return {"command": "pretrain", "stores": stores, "init": init, "recipe": plain}
 
 
 def open_data(paths: Sequence[Path], recipe: PretrainRecipe) -> PretrainData:
