@@ -19,6 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from model.config import ModelConfig, PretrainConfig, TaskConfig
+from model.json_file import read_json
 from model.normalisation import Normalisation
 from model.shards import Entry, Files, Spec, read_header, write_shard
 
@@ -219,11 +220,13 @@ def read_config(directory: Path | str) -> CheckpointConfig:
         ValueError: if the directory is no checkpoint, or its config is damaged.
     """
     path = Path(directory) / CONFIG
+    if not Path(directory).exists():
+        raise ValueError(f"{directory} does not exist; name the folder of a checkpoint")
     if not path.is_file():
         raise ValueError(f"{directory} is not a checkpoint: it has no {CONFIG}")
     try:
-        return CheckpointConfig.from_dict(json.loads(path.read_text()))
-    except (KeyError, TypeError, AttributeError, json.JSONDecodeError) as damage:
+        return CheckpointConfig.from_dict(read_json(path))
+    except (KeyError, TypeError, AttributeError) as damage:
         raise ValueError(f"{path} is damaged or from another program: {damage!r}") from damage
 
 
@@ -235,15 +238,15 @@ def weight_map(directory: Path | str) -> dict[str, str]:
     """
     path = Path(directory) / INDEX
     try:
-        names = json.loads(path.read_text())["weight_map"]
+        names = dict(read_json(path)["weight_map"])
+        outside = [file for file in set(names.values()) if Path(file).name != file]
     except FileNotFoundError:
         raise ValueError(f"{directory} has no {INDEX}: the checkpoint is incomplete") from None
-    except (KeyError, TypeError, json.JSONDecodeError) as damage:
+    except (KeyError, TypeError) as damage:
         raise ValueError(f"{path} is damaged: {damage!r}") from damage
-    outside = [file for file in set(names.values()) if Path(file).name != file]
     if outside:
         raise ValueError(f"{path} points outside its folder: {outside[0]}")
-    return dict(names)
+    return names
 
 
 def open_tensors(directory: Path | str, names: Iterable[str] | None = None) -> dict[str, Entry]:

@@ -18,11 +18,18 @@ class Journal:
             file.write(json.dumps(row) + "\n")
 
     def rows(self) -> list[dict[str, Any]]:
-        """All complete rows; a last line cut short by a crash is left out."""
+        """All complete rows; a last line cut short by a crash is left out.
+
+        Raises:
+            ValueError: if the file is damaged elsewhere.
+        """
         if not self.path.is_file():
             return []
-        lines = self.path.read_text(encoding="utf-8").splitlines(keepends=True)
-        return [json.loads(line) for line in lines if line.endswith("\n")]
+        try:
+            lines = self.path.read_text("utf-8").splitlines(keepends=True)
+            return [json.loads(line) for line in lines if line.endswith("\n")]
+        except (ValueError, RecursionError) as damage:
+            raise ValueError(f"{self.path} is damaged: {damage}") from damage
 
     def cut(self, step: int) -> None:
         """Drop the rows after a step: the run goes on from there and writes them again."""

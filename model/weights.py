@@ -3,7 +3,6 @@
 Files that can hold code (.pth, .pt, .bin, .pkl) are not read.
 """
 
-import json
 import zipfile
 from collections.abc import Mapping
 from pathlib import Path
@@ -13,6 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from model.checkpoint import INDEX, weight_map
 from model.ckpt import CkptWeights
 from model.shards import NAMES, Entry, Files, Spec, read_header
 
@@ -59,10 +59,10 @@ def is_torch(path: Path) -> bool:
 
 def safetensors_of(folder: Path) -> list[Path]:
     """The safetensors files of a folder: those of its index, or the only one."""
-    index = folder / "model.safetensors.index.json"
+    index = folder / INDEX
     if index.is_file():
-        names = sorted(set(json.loads(index.read_text())["weight_map"].values()))
-        return [folder / Path(name).name for name in names]
+        files = set(weight_map(folder).values())
+        return [folder / name for name in sorted(files)]
     found = sorted(folder.glob("*.safetensors"))
     if len(found) != 1:
         raise ValueError(f"{folder} holds {len(found)} .safetensors files and no index; name one")

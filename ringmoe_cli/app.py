@@ -40,6 +40,9 @@ COMMANDS: tuple[Callable[..., None], ...] = (
 )
 """In the order of use."""
 
+LONGEST = 900
+"""Characters of an error message; what is longer quotes a damaged file."""
+
 app = typer.Typer(
     name="ringmoe",
     help="RingMoE: from satellite scenes to maps. Start with `ringmoe demo`.",
@@ -126,8 +129,11 @@ def end_at_once(code: int) -> NoReturn:
 
 
 def one_line(failure: BaseException) -> str:
-    """What went wrong, on one line."""
+    """What went wrong, on one line, however much of a bad file it quotes."""
     text = " ".join(str(failure).split()) or type(failure).__name__
+    text = "".join(c if c.isprintable() else "\N{REPLACEMENT CHARACTER}" for c in text)
+    if len(text) > LONGEST:
+        text = f"{text[: LONGEST // 2]} … {text[-LONGEST // 2 :]}"
     if isinstance(failure, MemoryError):
         return f"out of memory: {text}"
     return text

@@ -18,7 +18,8 @@ from pydantic import TypeAdapter, ValidationError
 from model.config import PRESETS, ModelConfig, PretrainConfig
 from model.modality import MODALITIES
 from model.train import TrainConfig
-from ringmoe_cli.errors import RecipeError
+from ringmoe_cli.errors import RecipeError, RingmoeError
+from ringmoe_cli.text_file import read_yaml
 
 T = TypeVar("T")
 
@@ -164,17 +165,22 @@ def load_recipe(name: str, changes: Sequence[str] = ()) -> PretrainRecipe | Fine
     """
     path = find_recipe(name)
     try:
-        values = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except yaml.YAMLError as damage:
-        raise RecipeError(f"{path} is not YAML: {damage}") from damage
+        values = read_yaml(path)
+    except RingmoeError as damage:
+        raise RecipeError(str(damage)) from damage
     if not isinstance(values, dict):
         raise RecipeError(f"{path} is not a recipe: it has no sections")
     for change in changes:
         apply_change(values, change)
-    recipe: PretrainRecipe | FinetuneRecipe = (
-        validated(FinetuneRecipe, values) if "task" in values else validated(PretrainRecipe, values)
-    )
-    model_config(recipe.model, {"opt": 3})
+    try:
+        recipe: PretrainRecipe | FinetuneRecipe = (
+            validated(FinetuneRecipe, values)
+            if "task" in values
+            else validated(PretrainRecipe, values)
+        )
+        model_config(recipe.model, {"opt": 3})
+    except (RecipeError, ValueError) as refusal:
+        raise RecipeError(f"recipe {name}: {refusal}") from refusal
     return recipe
 
 

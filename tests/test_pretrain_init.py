@@ -92,8 +92,10 @@ def test_the_checkpoint_is_checked_before_anything_is_written(store: Path, tmp_p
         pretrain(wanted)
     assert all(torch.equal(before[n], t) for n, t in tensors_of(first).items())
     second = replace(request(store, tmp_path / "second", *STILL), init=first)
-    with pytest.raises(ValueError, match="is not a checkpoint"):
+    with pytest.raises(ValueError, match="does not exist"):
         pretrain(replace(second, init=tmp_path / "nothing"))
+    with pytest.raises(ValueError, match="is not a checkpoint"):
+        pretrain(replace(second, init=tmp_path))
     shard = next(first.glob("model*.safetensors"))
     os.truncate(shard, shard.stat().st_size - 1)
     with pytest.raises(ValueError, match=shard.name):

@@ -1,11 +1,11 @@
 """What `ringmoe convert` does around `model`: which kind of file, names, the run."""
 
-import json
 import shutil
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from model.json_file import read_json
 from ringmoe_cli import console
 from ringmoe_cli.errors import CheckpointError, OutputExistsError
 
@@ -184,11 +184,9 @@ def changes(source: Source) -> dict[str, Any]:
     if source.config is None:
         return {}
     try:
-        fields = json.loads(source.config.read_text())
-    except (OSError, json.JSONDecodeError) as damage:
-        raise CheckpointError(f"{source.config} is no JSON: {damage}") from damage
-    if not isinstance(fields, dict):
-        raise CheckpointError(f"{source.config} is no JSON object of model fields")
+        fields = read_json(source.config)
+    except (OSError, ValueError) as damage:
+        raise CheckpointError(f"{damage}; --config wants an object of model fields") from damage
     from model.config import ModelConfig
 
     unknown = set(fields) - set(ModelConfig.__dataclass_fields__)
@@ -202,7 +200,7 @@ def their_config(source: Source) -> dict[str, Any]:
     path = source.weights / CONFIG if source.weights else Path(CONFIG)
     if source.weights is None or not path.is_file():
         return {}
-    theirs = json.loads(path.read_text())
+    theirs = read_json(path)
     names = {"window_size": "window", "image_size": "image_size"}
     known = {
         ours: theirs[name] for name, ours in names.items() if isinstance(theirs.get(name), int)

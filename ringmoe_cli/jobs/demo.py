@@ -16,6 +16,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from model.json_file import read_json
 from model.state import TrainingState
 from ringmoe_cli import console
 from ringmoe_cli.errors import OutputExistsError, RingmoeError
@@ -130,7 +131,7 @@ def claim_folder(request: DemoRequest) -> Path:
     if (folder / REPORT).is_file():
         raise OutputExistsError(folder)
     if marker.is_file():
-        if json.loads(marker.read_text("utf-8")) != facts:
+        if read_json(marker) != facts:
             raise RingmoeError(
                 f"{folder} holds an unfinished demo of another seed; "
                 "choose another -o, or pass --overwrite"

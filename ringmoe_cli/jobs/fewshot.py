@@ -1,12 +1,12 @@
 """Few-shot episodes: the same fine-tuning from several draws of K labelled windows per class."""
 
-import json
 from dataclasses import replace
 from math import sqrt
 from statistics import mean, stdev
 from typing import Any
 
 from model.checkpoint import write_text
+from model.json_file import read_json
 from model.tasks import TASKS
 from ringmoe_cli import console
 from ringmoe_cli.jobs.finetuning import SCORES, FinetuneRequest, finetune
@@ -31,7 +31,7 @@ def few_shot(request: FinetuneRequest, shots: int, episodes: int) -> dict[str, A
             console.say(f"episode {episode + 1} of {episodes}, {shots} labelled windows per class")
             data = replace(request.data, shots=shots, draw=episode)
             finetune(replace(request, data=data, output=folder))
-        found.append(float(json.loads(scores.read_text())[key]))
+        found.append(float(read_json(scores)[key]))
     middle, margin = interval(found)
     summary = {
         "task": request.data.task,

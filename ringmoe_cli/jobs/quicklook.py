@@ -1,6 +1,5 @@
 """Pictures of scenes, stores and runs, for `ringmoe inspect`."""
 
-import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Protocol
@@ -8,6 +7,7 @@ from typing import Any, Protocol
 import numpy as np
 from numpy.typing import NDArray
 
+from model.journal import Journal
 from ringmoe_cli import console
 from ringmoe_cli.errors import CheckpointError, RingmoeError
 from ringmoe_cli.scene import picture
@@ -97,13 +97,13 @@ def draw_routing(run: str, path: Path) -> None:
     picture.save_routing(path, shares)
 
 
-def rows_of(run: str, name: str) -> list[Mapping[str, Any]]:
+def rows_of(run: str, name: str) -> Sequence[Mapping[str, Any]]:
     """The lines of one of a run's journals.
 
     Raises:
         RingmoeError: if the run has none.
     """
     path = Path(run) / name
-    if not path.is_file() or not (text := path.read_text().strip()):
+    if not path.is_file() or not (rows := Journal(path).rows()):
         raise RingmoeError(f"{run} has no {name}: it is not a run of ringmoe pretrain or finetune")
-    return [json.loads(line) for line in text.splitlines()]
+    return rows

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from model.checkpoint import write_text
+from model.json_file import read_json
 from model.state import TrainingState
 from ringmoe_cli import console
 from ringmoe_cli.errors import OutputExistsError, RingmoeError
@@ -46,7 +47,7 @@ def claim_run(output: Path, facts: Mapping[str, Any], steps: int, overwrite: boo
         raise OutputExistsError(output)
     done = TrainingState(output / "state").latest() if found.is_file() else 0
     if done:
-        difference = first_difference(json.loads(found.read_text()), dict(facts))
+        difference = first_difference(read_json(found), dict(facts))
         if not difference and done < steps:
             console.say(f"{output}: going on after step {done} of {steps}")
             return done

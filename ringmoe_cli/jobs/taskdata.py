@@ -21,6 +21,7 @@ from ringmoe_cli.scene.labelled.splits import (
     windows_of,
 )
 from ringmoe_cli.scene.tiles import is_store, open_store
+from ringmoe_cli.text_file import read_text
 
 BOXES = ("detection", "tracking")
 """Tasks whose labels are boxes."""
@@ -242,7 +243,7 @@ def listed(examples: Sequence[Example], path: Path) -> list[Example]:
     Raises:
         LabelError: for a name in the list that is no example.
     """
-    wanted = {Path(line.strip()).stem for line in path.read_text().splitlines() if line.strip()}
+    wanted = {Path(line.strip()).stem for line in read_text(path).splitlines() if line.strip()}
     stems = {image_of(e).stem for e in examples}
     if unknown := sorted(wanted - stems):
         raise LabelError(f"{path} names {unknown[0]}, which is not among the images")

@@ -3,16 +3,16 @@
 Every parser speaks of one file and knows nothing of folders; `boxes_io` finds the files.
 """
 
-import csv
-import json
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 from xml.etree import ElementTree
 
+from model.json_file import read_json
 from ringmoe_cli.errors import LabelError
 from ringmoe_cli.scene.grid import Grid
+from ringmoe_cli.text_file import read_rows, read_text
 
 
 class Mark(NamedTuple):
@@ -47,13 +47,9 @@ def text_lines(path: Path) -> Iterator[tuple[int, str]]:
     """Numbered lines of a text file that are not empty.
 
     Raises:
-        LabelError: if it is not text.
+        RingmoeError: if it is not text.
     """
-    try:
-        text = path.read_text(encoding="utf-8-sig")
-    except (OSError, UnicodeDecodeError) as error:
-        raise LabelError(f"{path} cannot be read as text: {error}") from error
-    for number, line in enumerate(text.splitlines(), 1):
+    for number, line in enumerate(read_text(path).splitlines(), 1):
         if line.strip():
             yield number, line.strip()
 
@@ -153,13 +149,13 @@ def parse_coco(path: Path) -> tuple[dict[str, list[Mark]], tuple[str, ...]]:
         LabelError: if it is not COCO.
     """
     try:
-        content = json.loads(path.read_text(encoding="utf-8"))
+        content = read_json(path)
         categories = {c["id"]: str(c["name"]) for c in content["categories"]}
         files = {i["id"]: str(i["file_name"]) for i in content["images"]}
         marks: dict[str, list[Mark]] = {f: [] for f in files.values()}
         for row in content["annotations"]:
             marks[files[row["image_id"]]].append(coco_mark(row, categories))
-    except (ValueError, KeyError, TypeError) as error:
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise LabelError(f"{path} is not COCO: {error!r}") from error
     return marks, tuple(categories[k] for k in sorted(categories))
 
@@ -177,10 +173,9 @@ def coco_mark(row: Mapping[str, Any], categories: Mapping[Any, str]) -> Mark:
 def is_coco(path: Path) -> bool:
     """Whether a JSON file has images, annotations and categories."""
     try:
-        content = json.loads(path.read_text(encoding="utf-8"))
+        return {"images", "annotations", "categories"} <= set(read_json(path))
     except (ValueError, OSError):
         return False
-    return isinstance(content, dict) and {"images", "annotations", "categories"} <= set(content)
 
 
 IMAGE_FIELDS = ("image_path", "image", "filename", "file_name", "file")
@@ -193,17 +188,16 @@ def parse_csv(path: Path) -> dict[str, list[Mark]]:
     Raises:
         LabelError: for missing fields or values that are no numbers.
     """
-    with path.open(newline="", encoding="utf-8-sig") as file:
-        rows = list(csv.DictReader(file))
-    fields = set(rows[0]) if rows else set()
+    fields, *rows = read_rows(path) or [[]]
     image = next((f for f in IMAGE_FIELDS if f in fields), None)
-    if image is None or not set(EDGES) <= fields:
+    if image is None or not set(EDGES) <= set(fields):
         raise LabelError(f"{path} needs fields image_path, {', '.join(EDGES)} and label")
     marks: dict[str, list[Mark]] = {}
-    for line, row in enumerate(rows, 2):
-        shape = tuple(numbers(path, line, [row[e] or "" for e in EDGES]))
+    for line, cells in enumerate(rows, 2):
+        row = dict(zip(fields, cells, strict=False))
+        shape = tuple(numbers(path, line, [row.get(e, "") for e in EDGES]))
         name = row.get("label") or row.get("class") or "object"
-        marks.setdefault(row[image], []).append(Mark(shape, name))
+        marks.setdefault(row.get(image, ""), []).append(Mark(shape, name))
     return marks
 
 

@@ -4,12 +4,12 @@ Image and label belong together by the stem of their names, wherever under the f
 train, val and test are read from folder or file names, or from lists under ImageSets.
 """
 
-import configparser
 import math
 import re
 from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field, replace
+from itertools import chain
 from pathlib import Path
 
 import torch
@@ -21,6 +21,7 @@ from ringmoe_cli.scene.labelled import box_formats as formats
 from ringmoe_cli.scene.labelled.box_formats import Mark
 from ringmoe_cli.scene.labelled.folders import SUFFIXES
 from ringmoe_cli.scene.labels import VECTORS
+from ringmoe_cli.text_file import read_rows, read_setting, read_yaml
 
 SPLITS = ("train", "val", "test")
 ROTATED = re.compile(r"orient|obb|rotat|dota|(?<!rec)labeltxt")
@@ -139,8 +140,7 @@ def read_csv(root: Path, rotated: bool, names: tuple[str, ...]) -> Found:
     files = [root] if root.suffix == ".csv" else sorted(root.glob("*.csv"))
     found = Found()
     for file in files if all(f.is_file() for f in files) else []:
-        header = file.read_text(encoding="utf-8-sig").split("\n", 1)[0]
-        if root.is_dir() and not set(formats.EDGES) <= set(header.strip().split(",")):
+        if root.is_dir() and not set(formats.EDGES) <= set(chain(*read_rows(file)[:1])):
             continue
         images, split = images_below(file.parent), split_in(file.stem)
         for name, objects in formats.parse_csv(file).items():
@@ -170,9 +170,7 @@ def frames_of(folder: Path) -> list[tuple[int, Path]]:
     Raises:
         LabelError: if there are none.
     """
-    settings = configparser.ConfigParser()
-    settings.read(folder / "seqinfo.ini")
-    images = folder / settings.get("Sequence", "imDir", fallback="img1")
+    images = folder / read_setting(folder / "seqinfo.ini", "Sequence", "imDir", "img1")
     images = images if images.is_dir() else folder / "img"
     files = sorted(p for p in images.glob("*") if p.suffix.lower() in SUFFIXES)
     if not files:
@@ -317,14 +315,12 @@ def split_lists(root: Path) -> dict[str, str]:
 
 def names_beside(root: Path) -> tuple[str, ...]:
     """Class names of a YOLO or MOT folder: *.names, classes.txt, or data.yaml."""
-    import yaml
-
     for file in (*sorted(root.glob("*.names")), root / "classes.txt", root / "labels.txt"):
         if file.is_file():
             return tuple(line for _, line in formats.text_lines(file))
     for file in (root / "data.yaml", root / "dataset.yaml"):
         if file.is_file():
-            content = yaml.safe_load(file.read_text(encoding="utf-8"))
+            content = read_yaml(file)
             names = content.get("names", ()) if isinstance(content, dict) else ()
             return tuple(str(n) for n in (names.values() if isinstance(names, dict) else names))
     return ()

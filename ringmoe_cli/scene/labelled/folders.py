@@ -13,6 +13,7 @@ from pathlib import Path
 from ringmoe_cli import console
 from ringmoe_cli.errors import LabelError
 from ringmoe_cli.scene.labelled.outlines import Outlines, coco_file, coco_outlines
+from ringmoe_cli.text_file import read_rows
 
 SUFFIXES = {
     ".tif", ".tiff", ".png", ".jpg", ".jpeg", ".bmp", ".jp2", ".vrt", ".img", ".gtif", ".npy",
@@ -194,22 +195,28 @@ def matches(folder: Path, template: str) -> dict[tuple[str, ...], Path]:
     return found
 
 
+def there(path: Path) -> bool:
+    """Whether it is a file, however odd its name: a damaged list names anything."""
+    try:
+        return path.is_file()
+    except OSError:
+        return False
+
+
 def from_csv(path: Path) -> tuple[list[Example], tuple[str, ...]]:
     """Examples from lines `image,class[,split]`; paths are relative to the list.
 
     Raises:
         LabelError: for a line without a class, or a file that is not there.
     """
-    import csv
-
-    rows = [row for row in csv.reader(path.read_text().splitlines()) if row]
-    if rows and not (path.parent / rows[0][0]).is_file():
+    rows = read_rows(path)
+    if rows and not there(path.parent / rows[0][0]):
         rows = rows[1:]  # a header
     classes = sorted({row[1] for row in rows if len(row) > 1})
     examples = []
     for number, row in enumerate(rows, 1):
         image = path.parent / row[0]
-        if len(row) < 2 or not image.is_file():
+        if len(row) < 2 or not there(image):
             problem = "has no class" if len(row) < 2 else "is not a file"
             raise LabelError(f"{path}, entry {number}: {row[0]} {problem}; write image,class")
         split = row[2] if len(row) > 2 else ""

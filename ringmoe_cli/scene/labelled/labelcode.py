@@ -9,6 +9,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ringmoe_cli.errors import LabelError
+from ringmoe_cli.text_file import read_text
 
 IGNORE = 255
 """Class index of pixels without a label."""
@@ -94,7 +95,7 @@ def class_list(text: str) -> ClassList:
         parts = [part.strip() for part in text.split(",") if part.strip()]
         rows = [p.split("=", 1)[::-1] for p in parts]
     else:
-        lines = Path(text).read_text().splitlines()
+        lines = read_text(Path(text)).splitlines()
         rows = [[c.strip() for c in line.split(",")] for line in lines if line.strip()]
     if not rows:
         raise LabelError(f"{text} names no class")

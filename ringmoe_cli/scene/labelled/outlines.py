@@ -1,6 +1,5 @@
 """Outlines of objects from COCO files, drawn as the class map of an image."""
 
-import json
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -9,6 +8,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from model.json_file import read_json
 from ringmoe_cli import console
 from ringmoe_cli.errors import LabelError
 from ringmoe_cli.scene.grid import Window
@@ -49,10 +49,10 @@ def coco_outlines(path: Path) -> dict[str, Outlines]:
         LabelError: if the file is no COCO file.
     """
     try:
-        content = json.loads(path.read_text(encoding="utf-8"))
+        content = read_json(path)
         stems = {image["id"]: Path(image["file_name"]).stem for image in content["images"]}
         rows = [(stems[a["image_id"]], a["segmentation"]) for a in content["annotations"]]
-    except (ValueError, KeyError, TypeError) as damage:
+    except (ValueError, KeyError, TypeError, AttributeError) as damage:
         raise LabelError(f"{path} is no COCO file of outlines: {damage!r}") from damage
     rings: dict[str, list[tuple[float, ...]]] = {stem: [] for stem in stems.values()}
     encoded = sum(isinstance(outline, Mapping) for _, outline in rows)
