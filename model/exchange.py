@@ -57,7 +57,7 @@ class ExpertParallel:
         send, receive = sent.sum((1, 2)).tolist(), received.sum((1, 2)).tolist()
         outward, homeward = Way(receive, send, self.group), Way(send, receive, self.group)
         there_RD = travel(x_TD[rows_N], outward)
-        done_RD = run_locally(there_RD, self.held_jobs(received, there_RD))
+        done_RD = run_locally(there_RD, self.held_jobs(received), outward.go_back)
         leaving_ND = Depart.apply(done_RD, homeward)  # type: ignore[no-untyped-call]
         shared = [job for job in jobs if job.assignment is None]  # while the others travel
         y_TD = run_locally(x_TD, shared) if shared else torch.zeros_like(x_TD)
@@ -73,7 +73,7 @@ class ExpertParallel:
         counts = torch.stack([p.counts_E.unflatten(0, (self.ranks, -1)) for p in plans], dim=1)
         sizes = counts.sum(2).t().tolist()  # (branches, ranks)
         rows = [p.rows_N.split(n) for p, n in zip(plans, sizes, strict=True)]
-        gates = [p.gate_N.split(n) for p, n in zip(plans, sizes, strict=True)]
+        gates = [cast(Tensor, p.gate_N).split(n) for p, n in zip(plans, sizes, strict=True)]
         order = [(b, r) for r in range(self.ranks) for b in range(len(plans))]
         return (
             torch.cat([rows[b][r] for b, r in order]),
@@ -87,18 +87,16 @@ class ExpertParallel:
         dist.all_to_all_single(received, sent.contiguous(), group=self.group)
         return received
 
-    def held_jobs(self, received: Tensor, there_RD: Tensor) -> list[Job]:
+    def held_jobs(self, received: Tensor) -> list[Job]:
         """Jobs for received tokens, which come in the order (rank, branch, expert)."""
         ranks, branches, experts = received.shape
         slot = torch.arange(branches * experts, device=received.device).repeat(ranks)
         order = slot.repeat_interleave(received.flatten()).argsort(stable=True)
         counts = received.sum(0)
-        ones = torch.ones(len(order), dtype=there_RD.dtype, device=there_RD.device)
-        sizes = counts.sum(1).tolist()
-        pieces = zip(self.banks, order.split(sizes), ones.split(sizes), counts, strict=True)
+        pieces = zip(self.banks, order.split(counts.sum(1).tolist()), counts, strict=True)
         return [
-            Job(cast(ExpertBank, HeldBank(bank)), Assignment(rows, gates, count))
-            for bank, rows, gates, count in pieces
+            Job(cast(ExpertBank, HeldBank(bank)), Assignment(rows, None, count))
+            for bank, rows, count in pieces
         ]
 
 
@@ -121,6 +119,11 @@ class Way:
             out, x, receive, send, group=self.group, async_op=True
         )
         return out
+
+    def go_back(self, dx: Tensor) -> None:
+        """Send gradients of what arrived, (sum(receive), D), unless they are on their way."""
+        if self.journey is None:
+            self.depart(dx, self.send, self.receive)
 
     def arrive(self) -> Tensor:
         """Wait for the rows."""
@@ -159,7 +162,7 @@ class Arrive(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor, None]:
         """(sum(receive), D) on their way to (sum(send), D), which `Depart.backward` returns."""
-        ctx.way.depart(dy, ctx.way.send, ctx.way.receive)
+        ctx.way.go_back(dy)
         return dy, None
 
 

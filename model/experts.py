@@ -79,10 +79,16 @@ Dispatch = Callable[[Tensor, list[Job]], Tensor]
 experts live on several processes."""
 
 
-def run_locally(x_TD: Tensor, jobs: list[Job]) -> Tensor:
+def run_locally(
+    x_TD: Tensor, jobs: list[Job], early: Callable[[Tensor], None] | None = None
+) -> Tensor:
     """All experts are here: (T, D) -> (T, D), the weighted sum over jobs.
 
-    A job for all tokens, if any, comes first.
+    Args:
+        x_TD: tokens.
+        jobs: one for all tokens, if any, comes first.
+        early: takes the tokens' gradient in the backward pass before those of the weights are
+            computed, to send it while they are; grouped products do not call it.
     """
     if torch.is_autocast_enabled(x_TD.device.type):
         x_TD = x_TD.to(torch.get_autocast_dtype(x_TD.device.type))
@@ -91,8 +97,8 @@ def run_locally(x_TD: Tensor, jobs: list[Job]) -> Tensor:
     given = [job.assignment for job in jobs]
     counts = [None if a is None else a.counts_E.tolist() for a in given]
     rows = [None if a is None else a.rows_N for a in given]
-    gates = [None if a is None else a.gate_N.to(x_TD.dtype) for a in given]
-    plan = Plan(counts, "tanh" if jobs[0].bank.gelu == "tanh" else "none")
+    gates = [None if a is None or a.gate_N is None else a.gate_N.to(x_TD.dtype) for a in given]
+    plan = Plan(counts, "tanh" if jobs[0].bank.gelu == "tanh" else "none", early)
     if not torch.is_grad_enabled():
         return mix(x_TD, plan, rows, gates, [job.bank.experts(x_TD.dtype) for job in jobs])
     stacks = (job.bank.stack(x_TD.dtype) for job in jobs)

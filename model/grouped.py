@@ -61,8 +61,9 @@ def grouped_experts(x_TD: Tensor, stack: Stack, assignment: Assignment, form: st
     hidden_PF = F.grouped_mm(x_PD, w1.transpose(1, 2), offs=places.end_E)
     active_PF = F.gelu(hidden_PF + b1[places.expert_P], approximate=form)
     out_PD = F.grouped_mm(active_PF, w2.transpose(1, 2), offs=places.end_E) + b2[places.expert_P]
-    gate_N = assignment.gate_N.to(x_TD.dtype)
-    out_ND = out_PD.index_select(0, places.place_N) * gate_N[:, None]
+    out_ND = out_PD.index_select(0, places.place_N)
+    if assignment.gate_N is not None:
+        out_ND = out_ND * assignment.gate_N.to(x_TD.dtype)[:, None]
     return torch.zeros_like(x_TD).index_add(0, assignment.rows_N, out_ND)
 
 

@@ -3,9 +3,9 @@
 Shapes: T tokens, D width, F hidden width, E experts of a bank, N tokens assigned to experts.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any, cast
+from typing import Any, NamedTuple, cast
 
 import torch
 import torch.nn.functional as F
@@ -30,17 +30,20 @@ class Plan:
     """Tokens of each expert of each bank; None: the first expert takes all tokens."""
     form: str
     """Form of the GELU, as `F.gelu` calls it."""
+    early: Callable[[Tensor], None] | None = None
+    """Takes the tokens' gradient before those of the weights are computed (`run_locally`)."""
 
     def experts(
         self, rows: Sequence[Tensor | None], gates: Sequence[Tensor | None]
     ) -> Iterator[tuple[int, int, Tensor | None, Tensor | None]]:
-        """Bank, expert, token rows and gates (None: all, 1) of the experts that have tokens."""
+        """Bank, expert, token rows (None: all) and gates (None: 1) of experts that have tokens."""
         for bank, counts in enumerate(self.counts):
             if counts is None:
                 yield bank, 0, None, None
                 continue
             rows_E = torch.split(cast(Tensor, rows[bank]), counts)
-            gates_E = torch.split(cast(Tensor, gates[bank]), counts)
+            gate = gates[bank]
+            gates_E = [None] * len(counts) if gate is None else torch.split(gate, counts)
             for expert, count in enumerate(counts):
                 if count:
                     yield bank, expert, rows_E[expert], gates_E[expert]
@@ -78,11 +81,14 @@ class Mixture(torch.autograd.Function):
             active = F.gelu(hidden, approximate=form)
             out = fused.linear(active, w2, b2)
             kept += [hidden, active]
-            if rows is None or gate is None:
+            if rows is None:
                 y_TD = out  # this job comes first
-            else:
-                kept.append(out[: len(rows)])
-                y_TD.index_add_(0, rows, kept[-1] * gate[:, None])
+                continue
+            out = out[: len(rows)]
+            if gate is not None:
+                kept.append(out)
+                out = out * gate[:, None]
+            y_TD.index_add_(0, rows, out)
         ctx.plan = plan
         ctx.save_for_backward(x_TD, *tensors, *kept)
         return y_TD
@@ -94,35 +100,70 @@ class Mixture(torch.autograd.Function):
         plan: Plan = ctx.plan
         x_TD, *saved = ctx.saved_tensors
         size = 6 * len(plan.counts)
-        tensors, kept = saved[:size], iter(saved[size:])
+        tensors, kept = saved[:size], saved[size:]
         stacks = [tensors[i + 2 : i + 6] for i in range(0, size, 6)]
-        gates = tensors[1::6]
-        dgates = [None if g is None else torch.empty_like(g) for g in gates]
+        dgates = [None if g is None else torch.empty_like(g) for g in tensors[1::6]]
         dstacks = [plan.new_stack(bank, stack) for bank, stack in enumerate(stacks)]
-        dx_TD, dy_TD = plan.new(x_TD), dy_TD.contiguous()
-        form = fused.quick_form(x_TD, plan.form)
-        gate_views = (dgate for *_, dgate in plan.experts(tensors[0::6], dgates))
-        for bank, expert, rows, gate in plan.experts(tensors[0::6], gates):
-            w1, _, w2, _ = (t[expert] for t in stacks[bank])
+        dx_TD = plan.new(x_TD)
+        factors = to_tokens(plan, dy_TD.contiguous(), x_TD, tensors, kept, dx_TD, dgates)
+        if plan.early is not None:
+            factors = iter([*factors])
+            plan.early(dx_TD)
+        for bank, expert, of in factors:
             dw1, db1, dw2, db2 = (t[expert] for t in dstacks[bank])
-            hidden, active, dgate = next(kept), next(kept), next(gate_views)
-            x, dy = x_TD, dy_TD
-            if rows is not None and gate is not None:
-                x = fused.gather(x_TD, rows, kept=True)
-                dy = fused.gather_padded(dy_TD, rows, len(hidden))
-                torch.sum(dy[: len(rows)] * next(kept), dim=1, out=dgate)
-                dy[: len(rows)].mul_(gate[:, None])
-            outer(dy, active, dw2)
-            torch.sum(dy, dim=0, out=db2)
-            dhidden = torch.ops.aten.gelu_backward(dy @ w2, hidden, approximate=form)
-            outer(dhidden, x, dw1)
-            torch.sum(dhidden, dim=0, out=db1)
-            if rows is None:
-                torch.mm(dhidden, w1, out=dx_TD)
-            else:
-                dx_TD.index_add_(0, rows, (dhidden @ w1)[: len(rows)])
+            outer(of.dy, of.active, dw2)
+            torch.sum(of.dy, dim=0, out=db2)
+            outer(of.dhidden, of.x, dw1)
+            torch.sum(of.dhidden, dim=0, out=db1)
         pairs = zip(dgates, dstacks, strict=True)
         return dx_TD, None, *(t for gate, stack in pairs for t in (None, gate, *stack))
+
+
+class Factors(NamedTuple):
+    """What the gradients of an expert's weights are products of."""
+
+    x: Tensor
+    """(N, D)."""
+    active: Tensor
+    """(N, F) hidden activations."""
+    dhidden: Tensor
+    """(N, F) gradient before the GELU."""
+    dy: Tensor
+    """(N, D) gradient of the output."""
+
+
+def to_tokens(
+    plan: Plan,
+    dy_TD: Tensor,
+    x_TD: Tensor,
+    tensors: Sequence[Tensor],
+    kept: Sequence[Tensor],
+    dx_TD: Tensor,
+    dgates: Sequence[Tensor | None],
+) -> Iterator[tuple[int, int, Factors]]:
+    """The backward pass from outputs to tokens, expert by expert.
+
+    Adds to `dx_TD`, writes `dgates`, and leaves bank, expert and what its weights' gradients need.
+    """
+    all_rows, all_gates, rest = tensors[0::6], tensors[1::6], iter(kept)
+    form = fused.quick_form(x_TD, plan.form)
+    gate_views = (dgate for *_, dgate in plan.experts(all_rows, dgates))
+    for bank, expert, rows, gate in plan.experts(all_rows, all_gates):
+        w1, w2 = tensors[6 * bank + 2][expert], tensors[6 * bank + 4][expert]
+        hidden, active, dgate = next(rest), next(rest), next(gate_views)
+        x, dy = x_TD, dy_TD
+        if rows is not None:
+            x = fused.gather(x_TD, rows, kept=True)
+            dy = fused.gather_padded(dy_TD, rows, len(hidden))
+        if rows is not None and gate is not None:
+            torch.sum(dy[: len(rows)] * next(rest), dim=1, out=dgate)
+            dy[: len(rows)].mul_(gate[:, None])
+        dhidden = torch.ops.aten.gelu_backward(dy @ w2, hidden, approximate=form)
+        if rows is None:
+            torch.mm(dhidden, w1, out=dx_TD)
+        else:
+            dx_TD.index_add_(0, rows, (dhidden @ w1)[: len(rows)])
+        yield bank, expert, Factors(x, active, dhidden, dy)
 
 
 def mix(
@@ -145,11 +186,12 @@ def mix(
     for bank, expert, mine, gate in plan.experts(rows, gates):
         weights = experts[bank][expert]
         for part in fused.steps(x_TD, len(x_TD) if mine is None else len(mine), weights[0]):
-            if mine is None or gate is None:
+            if mine is None:
                 y_TD[part] = feed_forward(x_TD[part], weights, plan.form)
-            else:
-                out = feed_forward(fused.gather(x_TD, mine[part]), weights, plan.form)
-                y_TD.index_add_(0, mine[part], out[: len(mine[part])].mul_(gate[part, None]))
+                continue
+            out = feed_forward(fused.gather(x_TD, mine[part]), weights, plan.form)
+            out = out[: len(mine[part])]
+            y_TD.index_add_(0, mine[part], out if gate is None else out.mul_(gate[part, None]))
     return y_TD
 
 

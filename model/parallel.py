@@ -11,6 +11,7 @@ import os
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, replace
 from datetime import timedelta
+from functools import partial
 from typing import Any, Self, cast
 
 import torch
@@ -128,8 +129,10 @@ def distribute(
     if source is not None:
         fill_part(network, source(""))
     network.register_forward_hook(touch_absent)
+    known = [dict(routers(block.moe)) for _, block in blocks_of(network)]
     spread.rest(network)
     network.total = total
+    network.whole_routing = partial(whole_routing, known)
 
 
 @dataclass
@@ -168,7 +171,7 @@ class Spread:
         """Experts to their ranks, the rest over all or whole on all."""
         block.to(self.device)
         split = split_experts(block.moe, self.mesh["ep"])
-        block.register_forward_hook(whole_batch)
+        block.register_forward_hook(touch_routers)
         if self.mesh["dp"].size() == 1:
             self.alone |= split
             split = set()
@@ -285,25 +288,44 @@ class Touch(torch.autograd.Function):
         return (dx, *(torch.zeros(s, dtype=t, device=d) for s, t, d in ctx.shapes))
 
 
-def whole_batch(block: Block, inputs: Any, output: Any) -> Any:
-    """Forward hook of a block: the routing of all ranks, and a gradient for every router.
+def touch_routers(block: Block, inputs: Any, output: Any) -> Any:
+    """Forward hook of a block: a gradient for the routers of absent modalities."""
+    x, routing = output
+    absent = [r.weight for name, r in routers(block.moe) if name not in routing.branches]
+    return (Touch.apply(x, *absent) if absent else x), routing  # type: ignore[no-untyped-call]
+
+
+def whole_routing(
+    known: list[dict[str, Router]], routing: list[LayerRouting]
+) -> list[LayerRouting]:
+    """The routing of all ranks, by one sum for all layers.
 
     Counts are summed over ranks and probabilities are not: f_e of the balance loss is that of the
     whole batch, and each rank's loss is its own share of the sum.
+
+    Args:
+        known: the routers of every layer, in the same order on all ranks.
+        routing: of every layer on this rank.
     """
-    x, routing = output
-    known = dict(routers(block.moe))
-    absent = [router.weight for name, router in known.items() if name not in routing.branches]
-    here = {n: routing.branches.get(n) or no_routing(router, x) for n, router in known.items()}
-    numbers = [b.counts_E.new_tensor([b.tokens, b.dropped]) for b in here.values()]
-    pairs = zip(here.values(), numbers, strict=True)
-    counted = total(torch.cat([t for branch, pair in pairs for t in (pair, branch.counts_E)]))
-    branches: dict[str, BranchRouting] = {}
-    sizes = [2 + len(branch.counts_E) for branch in here.values()]
-    for (name, branch), part in zip(here.items(), counted.split(sizes), strict=True):
+    here = [
+        (layer, name, routing[layer].branches.get(name) or no_routing(router))
+        for layer, names in enumerate(known)
+        for name, router in names.items()
+    ]
+    parts = [
+        t
+        for _, _, branch in here
+        for t in (branch.counts_E.new_tensor([branch.tokens, branch.dropped]), branch.counts_E)
+    ]
+    summed = total(torch.cat(parts)) if parts else torch.zeros(0)
+    whole = [LayerRouting({}) for _ in known]
+    sizes = [2 + len(branch.counts_E) for *_, branch in here]
+    for (layer, name, branch), part in zip(here, summed.split(sizes), strict=True):
         tokens, dropped = part[:2].tolist()
-        branches[name] = BranchRouting(part[2:], branch.probability_E, tokens, dropped)
-    return (Touch.apply(x, *absent) if absent else x), LayerRouting(branches)  # type: ignore[no-untyped-call]
+        whole[layer].branches[name] = replace(
+            branch, counts_E=part[2:], tokens=tokens, dropped=dropped
+        )
+    return whole
 
 
 def routers(moe: RMoE) -> Iterator[tuple[str, Router]]:
@@ -315,10 +337,11 @@ def routers(moe: RMoE) -> Iterator[tuple[str, Router]]:
             yield f"specialised.{name}", cast(Router, router)
 
 
-def no_routing(router: Router, x: Tensor) -> BranchRouting:
+def no_routing(router: Router) -> BranchRouting:
     """What a router did that met no token."""
-    nothing = torch.zeros(len(router.weight), device=x.device)
-    wide = torch.promote_types(x.dtype, torch.float32)
+    weight = router.weight
+    nothing = torch.zeros(len(weight), device=weight.device)
+    wide = torch.promote_types(weight.dtype, torch.float32)
     return BranchRouting(nothing.long(), nothing.to(wide), 0)
 
 

@@ -78,6 +78,7 @@ class MaskedImageModel(nn.Module):
         self.decoders.apply(initialise)
         nn.init.trunc_normal_(self.mask_token, std=0.02)
         self.total: Callable[[Tensor], Tensor] = lambda values: values
+        self.whole_routing: Callable[[list[LayerRouting]], list[LayerRouting]] = list
 
     @classmethod
     def from_pretrained(cls, path: str | Path) -> Self:
@@ -124,9 +125,10 @@ class MaskedImageModel(nn.Module):
         targets = {m: self.target(batch, m, masks[m]) for m in images}
         values = self.counted_values(targets)
         losses = {m: masked_l1(reconstructions[m], *targets[m], values[m]) for m in images}
-        balance = balance_loss(encoding.routing)
+        routing = self.whole_routing(encoding.routing)
+        balance = balance_loss(routing)
         loss = torch.stack([*losses.values()]).sum() + self.objective.balance_weight * balance
-        return PretrainOutput(loss, losses, balance, encoding.routing, reconstructions)
+        return PretrainOutput(loss, losses, balance, routing, reconstructions)
 
     def loss(self, batch: Batch) -> PretrainOutput:
         """Forward pass on a batch that carries its masks (see `with_masks`)."""

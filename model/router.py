@@ -57,8 +57,8 @@ class Assignment:
 
     rows_N: Tensor
     """(N,) token of each assignment; no token twice within an expert."""
-    gate_N: Tensor
-    """(N,) weight of the expert's output."""
+    gate_N: Tensor | None
+    """(N,) weight of the expert's output; None: 1."""
     counts_E: Tensor
     """(E,) assignments of each present expert; they sum to N."""
 

@@ -65,7 +65,7 @@ def keep_memory_of_updates() -> None:
     libc = glibc()
     if libc:
         libc.mallopt(MMAP_THRESHOLD, KEPT_OF_UPDATES)
-        libc.mallopt(TRIM_THRESHOLD, KEPT_OF_UPDATES)
+        libc.mallopt(TRIM_THRESHOLD, -1)  # else all is returned between two large updates
 
 
 def return_unused_memory() -> None:
