@@ -53,16 +53,18 @@ class ExpertParallel:
         given = {id(job.bank): job.assignment for job in jobs if job.assignment is not None}
         plans = [given.get(id(bank)) or nothing_for(bank, x_TD) for bank in self.banks]
         rows_N, gate_N, sent = self.by_rank(plans)
-        received = self.exchange_counts(sent)
+        received, counting = self.exchange_counts(sent)
+        x_ND = x_TD.index_select(0, rows_N)  # while the counts travel
+        counting.wait()
         send, receive = sent.sum((1, 2)).tolist(), received.sum((1, 2)).tolist()
         outward, homeward = Way(receive, send, self.group), Way(send, receive, self.group)
-        there_RD = travel(x_TD[rows_N], outward)
+        there_RD = travel(x_ND, outward)
         done_RD = run_locally(there_RD, self.held_jobs(received), outward.go_back)
         leaving_ND = Depart.apply(done_RD, homeward)  # type: ignore[no-untyped-call]
         shared = [job for job in jobs if job.assignment is None]  # while the others travel
         y_TD = run_locally(x_TD, shared) if shared else torch.zeros_like(x_TD)
         back_ND = Arrive.apply(leaving_ND, homeward)  # type: ignore[no-untyped-call]
-        return y_TD.index_add(0, rows_N, back_ND * gate_N.to(back_ND.dtype)[:, None])
+        return y_TD.index_add_(0, rows_N, back_ND * gate_N.to(back_ND.dtype)[:, None])
 
     def by_rank(self, plans: list[Assignment]) -> tuple[Tensor, Tensor, Tensor]:
         """Assignments of all branches in the order (rank, branch, expert), and their counts.
@@ -81,11 +83,10 @@ class ExpertParallel:
             counts,
         )
 
-    def exchange_counts(self, sent: Tensor) -> Tensor:
-        """(ranks, branches, experts): what this rank sends -> what it receives."""
+    def exchange_counts(self, sent: Tensor) -> tuple[Tensor, Any]:
+        """(ranks, branches, experts): what this rank sends -> what it receives, and the wait."""
         received = torch.empty_like(sent)
-        dist.all_to_all_single(received, sent.contiguous(), group=self.group)
-        return received
+        return received, dist.all_to_all_single(received, sent, group=self.group, async_op=True)
 
     def held_jobs(self, received: Tensor) -> list[Job]:
         """Jobs for received tokens, which come in the order (rank, branch, expert)."""

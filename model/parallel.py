@@ -185,7 +185,9 @@ class Spread:
         network.to(self.device)
         if self.whole:
             inside = {p for _, block in blocks_of(network) for p in block.parameters()}
-            Replicas([p for p in network.parameters() if p not in inside])
+            last = [p for name, p in network.named_parameters() if name.startswith("decoders.")]
+            Replicas(last)  # backward begins with them: they travel while it goes on
+            Replicas([p for p in network.parameters() if p not in inside.union(last)])
         else:
             shard(network, self.everyone, self.mesh["dp"], set(), self.policy, self.alone)
 

@@ -7,7 +7,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.autograd import Variable
 
-LARGE = 1 << 16
+LARGE = 1 << 18
 """Elements of a gradient that travels by itself, for copying it costs more than a message."""
 
 

@@ -1,5 +1,8 @@
 """The expert dispatch against a loop over tokens, in float64, with all gradients."""
 
+from dataclasses import replace
+from unittest import mock
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -9,9 +12,9 @@ from torch import Tensor
 
 from model import fused
 from model.config import ModelConfig
-from model.experts import ExpertBank, RMoE, pack
+from model.experts import ExpertBank, Job, RMoE, pack, run_grouped, run_locally
 from model.mixture import outer
-from model.router import Router
+from model.router import Assignment, Router
 
 
 def config(**changes: object) -> ModelConfig:
@@ -252,3 +255,52 @@ def test_steps_cover_all_tokens_once(tokens, width):
     parts = list(fused.steps(torch.zeros(1, 16), tokens, fc1))
     assert [row for part in parts for row in range(part.start, part.stop)] == list(range(tokens))
     assert all((part.stop - part.start) % fused.ROUND == 0 for part in parts[:-1])
+
+
+RUNS = {"products": run_locally, "grouped": run_grouped}
+
+
+@pytest.mark.parametrize("run", RUNS)
+@pytest.mark.parametrize("grad", [True, False])
+def test_no_gates_are_gates_of_one(run: str, grad: bool) -> None:
+    moe = layer(config()).float()  # grouped products have no float64
+    x_TD = torch.randn(12, 4, requires_grad=True)
+    bank = moe.collaborative
+    assert bank is not None
+    plain = Assignment(torch.randperm(12), None, torch.tensor([5, 0, 4, 3]))
+    weighted = replace(plain, gate_N=torch.ones(12))
+    with torch.set_grad_enabled(grad):
+        ours, theirs = (RUNS[run](x_TD, [Job(bank, a)]) for a in (plain, weighted))
+    torch.testing.assert_close(ours, theirs)
+    if grad:
+        leaves = [x_TD, *bank.parameters()]
+        mine = torch.autograd.grad(ours.square().sum(), leaves)
+        expected = torch.autograd.grad(theirs.square().sum(), leaves)
+        torch.testing.assert_close(mine, expected)
+
+
+def test_gradients_of_tokens_leave_before_those_of_weights() -> None:
+    moe = layer(config())
+    x_TD = torch.randn(12, 4, dtype=torch.float64, requires_grad=True)
+    bank = moe.collaborative
+    assert bank is not None
+    job = Job(bank, Assignment(torch.randperm(12), None, torch.tensor([5, 0, 4, 3])))
+    leaves = [x_TD, *bank.parameters()]
+    expected = torch.autograd.grad(run_locally(x_TD, [job]).square().sum(), leaves)
+    order: list[str] = []
+    left: list[Tensor] = []
+
+    def leave(dx_TD: Tensor) -> None:
+        order.append("tokens")
+        left.append(dx_TD.clone())
+
+    def watched(*factors: Tensor) -> None:
+        order.append("weight")
+        outer(*factors)
+
+    with mock.patch("model.mixture.outer", watched):
+        y_TD = run_locally(x_TD, [job], leave)
+        found = torch.autograd.grad(y_TD.square().sum(), leaves)
+    assert order == ["tokens"] + 6 * ["weight"]
+    torch.testing.assert_close(left[0], expected[0])
+    torch.testing.assert_close(found, expected)
