@@ -288,16 +288,21 @@ def shards_link(ep: int) -> Link:
     from torch import nn
     from torch.distributed.fsdp import fully_shard
 
+    from model.replicas import Replicas
+
     world, points = dist.get_world_size(), []
     whole = ep == world
     for width in (64, 1536):
-        parts = [torch.ones(width, width) for _ in range(4)]
         if whole:
+            replicas = Replicas([nn.Parameter(torch.ones(width, width)) for _ in range(4)])
+            for parameter in replicas.parameters:
+                parameter.grad = torch.ones_like(parameter)
 
-            def run(parts: list[torch.Tensor] = parts) -> None:
-                dist.all_reduce(torch.cat([p.flatten() for p in parts]))
+            def run(replicas: Replicas = replicas) -> None:
+                replicas.send()
+                replicas.finish()
         else:
-            layers = nn.Sequential(*(nn.Linear(width, width, bias=False) for _ in parts))
+            layers = nn.Sequential(*(nn.Linear(width, width, bias=False) for _ in range(4)))
             alone = copy.deepcopy(layers)
             fully_shard(layers)
             layers.set_force_sum_reduction_for_comms(True)
