@@ -3,7 +3,7 @@
 Shapes: T tokens, D width, F hidden width, E experts of a bank, N tokens assigned to experts.
 """
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple, cast
 
@@ -105,9 +105,11 @@ class Mixture(torch.autograd.Function):
         dgates = [None if g is None else torch.empty_like(g) for g in tensors[1::6]]
         dstacks = [plan.new_stack(bank, stack) for bank, stack in enumerate(stacks)]
         dx_TD = plan.new(x_TD)
-        factors = to_tokens(plan, dy_TD.contiguous(), x_TD, tensors, kept, dx_TD, dgates)
+        dy_TD = dy_TD.contiguous()
+        factors: Iterable[tuple[int, int, Factors]]
+        factors = to_tokens(plan, dy_TD, x_TD, tensors, kept, dx_TD, dgates)
         if plan.early is not None:
-            factors = iter([*factors])
+            factors = [*factors]
             plan.early(dx_TD)
         for bank, expert, of in factors:
             dw1, db1, dw2, db2 = (t[expert] for t in dstacks[bank])

@@ -9,19 +9,17 @@ import re
 from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field, replace
-from itertools import chain
 from pathlib import Path
 
 import torch
 
 from model.boxes import Boxes
-from ringmoe_cli import console
+from ringmoe_cli import console, text_file
 from ringmoe_cli.errors import LabelError
 from ringmoe_cli.scene.labelled import box_formats as formats
 from ringmoe_cli.scene.labelled.box_formats import Mark
 from ringmoe_cli.scene.labelled.folders import SUFFIXES
 from ringmoe_cli.scene.labels import VECTORS
-from ringmoe_cli.text_file import read_rows, read_setting, read_yaml
 
 SPLITS = ("train", "val", "test")
 ROTATED = re.compile(r"orient|obb|rotat|dota|(?<!rec)labeltxt")
@@ -140,7 +138,8 @@ def read_csv(root: Path, rotated: bool, names: tuple[str, ...]) -> Found:
     files = [root] if root.suffix == ".csv" else sorted(root.glob("*.csv"))
     found = Found()
     for file in files if all(f.is_file() for f in files) else []:
-        if root.is_dir() and not set(formats.EDGES) <= set(chain(*read_rows(file)[:1])):
+        header = text_file.read_text(file).split("\n", 1)[0]
+        if root.is_dir() and not set(formats.EDGES) <= set(header.strip().split(",")):
             continue
         images, split = images_below(file.parent), split_in(file.stem)
         for name, objects in formats.parse_csv(file).items():
@@ -170,7 +169,7 @@ def frames_of(folder: Path) -> list[tuple[int, Path]]:
     Raises:
         LabelError: if there are none.
     """
-    images = folder / read_setting(folder / "seqinfo.ini", "Sequence", "imDir", "img1")
+    images = folder / text_file.read_setting(folder / "seqinfo.ini", "Sequence", "imDir", "img1")
     images = images if images.is_dir() else folder / "img"
     files = sorted(p for p in images.glob("*") if p.suffix.lower() in SUFFIXES)
     if not files:
@@ -320,7 +319,7 @@ def names_beside(root: Path) -> tuple[str, ...]:
             return tuple(line for _, line in formats.text_lines(file))
     for file in (root / "data.yaml", root / "dataset.yaml"):
         if file.is_file():
-            content = read_yaml(file)
+            content = text_file.read_yaml(file)
             names = content.get("names", ()) if isinstance(content, dict) else ()
             return tuple(str(n) for n in (names.values() if isinstance(names, dict) else names))
     return ()
