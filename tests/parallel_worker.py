@@ -8,6 +8,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from model import replicas
 from model.batch import Batch
 from model.config import ModelConfig, PretrainConfig
 from model.normalisation import Normalisation
@@ -26,6 +27,7 @@ CONFIG = ModelConfig(
     mask_cell=8,
     channels={"opt": 3, "ms": 4, "sar-l1": 8},
 )
+replicas.LARGE = 200  # so that this network has gradients which travel by themselves, too
 SAR = Normalisation(("hh",), (0.0,), (1.0,), (0.0, 5.0))
 
 
