@@ -14,9 +14,10 @@ STEP_TOKENS, STEP_BYTES = 256, 2 << 20
 them: then those stay in cache."""
 WIDE_TOKENS = 1024
 """Tokens of other experts: every step reads the weights, and lays them out if unpacked."""
-ROUND = 32
+ROUND = {torch.bfloat16: 32, torch.float32: 16}
 """Gathered tokens are rounded up to this: oneDNN compiles a kernel for every new number of them,
-which takes longer than the product, and experts see another number in every batch."""
+which in bfloat16 takes longer than the product, and experts see another number in every batch.
+Finer steps need more kernels than it keeps."""
 
 
 def runs(x: Tensor) -> bool:
@@ -68,7 +69,7 @@ def steps(x_TD: Tensor, tokens: int, fc1: Tensor) -> Iterator[slice]:
     if fc1.is_mkldnn and STEP_TOKENS * fc1.shape[0] * x_TD.itemsize <= STEP_BYTES:
         about = STEP_TOKENS
     step = -(-tokens // max(round(tokens / about), 1))
-    step = max(step + -step % ROUND, 1)
+    step = max(step + -step % ROUND.get(x_TD.dtype, 1), 1)
     for start in range(0, tokens, step):
         yield slice(start, min(start + step, tokens))
 
@@ -79,7 +80,7 @@ def gather(x_TD: Tensor, rows_N: Tensor, kept: bool = False) -> Tensor:
     Not in float32 if a backward pass keeps them: its kernels are compiled quickly.
     """
     if runs(x_TD) and not (kept and x_TD.dtype == torch.float32):
-        rows_N = F.pad(rows_N, (0, -len(rows_N) % ROUND))
+        rows_N = F.pad(rows_N, (0, -len(rows_N) % ROUND[x_TD.dtype]))
     return x_TD.index_select(0, rows_N)
 
 
