@@ -32,10 +32,11 @@ def evenly(router: Router, probability_TE: Tensor) -> tuple[Tensor, Tensor]:
 
 def rank(args: argparse.Namespace) -> None:
     """Train; the first rank reports the time of an update."""
-    empty_process()
+    ep = int(os.environ.get("WORLD_SIZE", "1"))
+    empty_process(ep)
     if args.balanced:
         Router.choose = evenly
-    net, who = prepared(args.preset, ep=int(os.environ.get("WORLD_SIZE", "1")))
+    net, who = prepared(args.preset, ep)
     times = updates(net, who, args.images // who.world, STEPS)
     if who.rank == 0:
         args.out.write_text(json.dumps(median(times[2:])))

@@ -39,7 +39,7 @@ if TYPE_CHECKING:
     from model.parallel import Ranks
     from model.pretrain import MaskedImageModel
 
-IMAGES = {"nano": 128, "tiny": 8, "base": 4, "other": 64, "others": 256}
+IMAGES = {"nano": 128, "tiny": 8, "base": 4, "other": 64, "others": 256, "wide": 16}
 """Of one update, over all ranks."""
 ALONE = "RINGMOE_BENCHMARK_ALONE"
 """Set in the environment of ranks that time blocks for themselves."""
@@ -54,8 +54,13 @@ MODELS: dict[str, dict[str, Any]] = {
         "embed_dim": 64, "depths": (1, 1, 2, 1), "num_heads": (2, 4, 8, 16), "image_size": 64,
         "window": 8, "mask_cell": 16,
     },
+    "wide": {
+        "embed_dim": 112, "depths": (1, 1, 1, 2), "num_heads": (2, 4, 8, 16), "image_size": 64,
+        "window": 8, "mask_cell": 16,
+    },
 }  # fmt: skip
-"""Without memory to speak of; and unlike the presets, to see what parts leave out."""
+"""Without memory to speak of; unlike the presets, to see what parts leave out; and with large
+blocks, to see what gathering them takes."""
 MODELS["others"] = MODELS["other"]
 
 
@@ -126,13 +131,13 @@ def updates(net: "MaskedImageModel", who: "Ranks", images: int, steps: int) -> l
     return times
 
 
-def empty_process() -> int:
+def empty_process(ep: int) -> int:
     """Bytes of a process that has joined the others and multiplied once."""
     import torch
 
     from model.parallel import join, ranks
 
-    keep_memory_of_updates()
+    keep_memory_of_updates(gathered=ep < ranks().world)
     join(ranks(), "cpu")
     torch.nn.functional.linear(torch.ones(64, 64), torch.ones(64, 64))
     return resident()
@@ -142,7 +147,7 @@ def train_rank(preset: str, ep: int, steps: int, out: Path) -> None:
     """One rank: build, train, report."""
     from model.parallel import leave
 
-    empty = empty_process()
+    empty = empty_process(ep)
     net, who = prepared(preset, ep)
     building = resident(peak=True) - empty
     Path("/proc/self/clear_refs").write_text("5")
@@ -158,7 +163,7 @@ def probe_rank(preset: str, ep: int, out: Path) -> None:
     from model.parallel import leave
     from model.timing import pace
 
-    empty = empty_process()
+    empty = empty_process(ep)
     net, who = prepared("smallest", ep)
     updates(net, who, 1, 2)
     overhead = resident(peak=True) - empty
@@ -191,7 +196,7 @@ class LeftOut(NamedTuple):
     fixed: float = 0.0
     """Bytes that the allocator takes in any case."""
     share: float = 0.0
-    """Bytes that it takes, as a share of what an update needs."""
+    """Bytes that it takes, as a share of those in its heap."""
     copies: float = 0.0
     """Copies that messages make of gathered blocks, as a multiple of those that are counted."""
     waiting: float = 0.0
@@ -202,22 +207,24 @@ class LeftOut(NamedTuple):
 def left_out(ranks: int, ep: int) -> LeftOut:
     """By training the other model in a layout with few and with many images.
 
-    Where blocks are gathered, the allocator's part is that of a process alone.
+    Where blocks are gathered, the allocator's part is that of a process alone, and copies are
+    learnt on a model of large blocks.
     """
-    few, many = beyond("other", ranks, ep), beyond("others", ranks, ep)
-    if few.gathered:
-        alone = left_out(1, 1)
-        rest = few.memory - alone.fixed - alone.share * few.needed
-        return LeftOut(alone.fixed, alone.share, max(rest / few.gathered, 0.0), many.seconds)
-    share = max((many.memory - few.memory) / (many.needed - few.needed), 0.0)
-    return LeftOut(few.memory - share * few.needed, share, 0.0, many.seconds)
+    many = beyond("others", ranks, ep)
+    if many.gathered:
+        alone, wide = left_out(1, 1), beyond("wide", ranks, ep)
+        rest = wide.memory - alone.fixed - alone.share * wide.heap
+        return LeftOut(alone.fixed, alone.share, max(rest / wide.gathered, 0.0), many.seconds)
+    few = beyond("other", ranks, ep)
+    share = max((many.memory - few.memory) / (many.heap - few.heap), 0.0)
+    return LeftOut(few.memory - share * few.heap, share, 0.0, many.seconds)
 
 
 class Beyond(NamedTuple):
     """A training against the plain sum of its parts."""
 
-    needed: float
-    """Bytes of gradients, activations and gathered blocks."""
+    heap: float
+    """Bytes among which the allocator leaves gaps (`Estimate.heap`)."""
     gathered: float
     """Bytes of gathered blocks alone."""
     memory: float
@@ -230,9 +237,9 @@ class Beyond(NamedTuple):
 def beyond(preset: str, ranks: int, ep: int) -> Beyond:
     """Plan and train a case."""
     cost = planned(preset, ranks, ep, launch("--probe-rank", preset, ranks, ep), LeftOut())
-    found, needed = measure(preset, ranks, ep), cost.gradients + cost.gathered + cost.activations
+    found = measure(preset, ranks, ep)
     seconds = found.seconds / cost.seconds - 1
-    return Beyond(needed, cost.gathered, found.memory - cost.memory, seconds)
+    return Beyond(cost.heap, cost.gathered, found.memory - cost.memory, seconds)
 
 
 def planned(preset: str, ranks: int, ep: int, parts: dict[str, Any], more: LeftOut) -> Estimate:

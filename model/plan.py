@@ -55,7 +55,7 @@ class Cluster:
     overhead: float = 0.0
     """Bytes of the libraries in every process."""
     slack: float = 0.0
-    """What the allocator takes on top of gradients, activations and buffers, as a share of them."""
+    """What the allocator takes on top of what lies in its heap (`Estimate.heap`), as a share."""
     waiting: float = 0.0
     """Time between the parts that are counted, as a share of theirs."""
     beside: bool = True
@@ -125,6 +125,15 @@ class Estimate:
     """Bytes of the libraries and of the allocator's slack."""
 
     @property
+    def heap(self) -> float:
+        """Bytes among which the allocator leaves gaps.
+
+        Where blocks are gathered, gradients come in buffers as large as theirs, which the system
+        gives and takes.
+        """
+        return self.activations + (0.0 if self.gathered else self.gradients)
+
+    @property
     def memory(self) -> float:
         """Bytes of everything together when most is needed."""
         state = self.weights + self.gradients + self.optimiser
@@ -183,8 +192,7 @@ def estimate(work: Workload, cluster: Cluster, layout: Layout) -> Estimate:
     tokens = token_traffic(config, layout, width)
     sharded = cluster.gpus > 1 and not replicated(cluster, layout)
     gathered = width * most_gathered(work, layout) if sharded else 0.0
-    slack = cluster.slack * (own["gradients"] + activations + gathered)
-    return Estimate(
+    cost = Estimate(
         **own,
         gathered=gathered,
         activations=activations,
@@ -192,8 +200,8 @@ def estimate(work: Workload, cluster: Cluster, layout: Layout) -> Estimate:
         shard_traffic=shards,
         token_traffic=tokens,
         seconds=update_seconds(work, cluster, layout, flops, sum(held)) * (1 + cluster.waiting),
-        overhead=cluster.overhead + slack,
     )
+    return replace(cost, overhead=cluster.overhead + cluster.slack * cost.heap)
 
 
 def most_gathered(work: Workload, layout: Layout) -> float:

@@ -103,9 +103,9 @@ def pretrain(request: PretrainRequest) -> dict[str, Any]:
         OutputExistsError: if a finished run is in the way.
         RingmoeError: if another process ended.
     """
-    keep_memory_of_updates()
     meet_on_slurm()
     who = ranks() if launched() else Ranks()
+    keep_memory_of_updates(gathered=request.recipe.train.ep < who.world)
     if request.recipe.train.batch_size // request.recipe.train.accumulate < who.world:
         raise RecipeError(f"train.batch_size is too small for {who.world} processes")
     if request.device == "cuda" and who.world > 1:
