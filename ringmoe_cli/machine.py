@@ -12,7 +12,7 @@ KEPT_KERNELS = 256
 """Compiled kernels that oneDNN keeps: with 64 a small model takes a quarter longer."""
 KEPT_BYTES = 16 << 20
 """Buffers up to this size are kept for the next batch instead of returned to the system."""
-KEPT_OF_UPDATES, KEPT_BESIDE_GATHERED = 1 << 30, 32 << 20
+KEPT_OF_UPDATES, KEPT_BESIDE_GATHERED = 1 << 30, 8 << 20
 """The same for training: no matrix of gradients is larger, and all come again. Where blocks are
 gathered from other processes, their buffers lie between those of the next ones, and a process that
 kept them all held a third to two thirds more."""
