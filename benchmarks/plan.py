@@ -45,19 +45,14 @@ ALONE = "RINGMOE_BENCHMARK_ALONE"
 """Set in the environment of ranks that time blocks for themselves."""
 STEPS = 6
 """Updates, of which the first two do not count."""
+SMALL = {"image_size": 64, "window": 8, "mask_cell": 16, "num_heads": (2, 4, 8, 16)}
 MODELS: dict[str, dict[str, Any]] = {
     "smallest": {
         "embed_dim": 8, "depths": (1, 1), "num_heads": (1, 1), "image_size": 32, "window": 4,
         "mask_cell": 8,
     },
-    "other": {
-        "embed_dim": 64, "depths": (1, 1, 2, 1), "num_heads": (2, 4, 8, 16), "image_size": 64,
-        "window": 8, "mask_cell": 16,
-    },
-    "wide": {
-        "embed_dim": 112, "depths": (1, 1, 1, 2), "num_heads": (2, 4, 8, 16), "image_size": 64,
-        "window": 8, "mask_cell": 16,
-    },
+    "other": {"embed_dim": 64, "depths": (1, 1, 2, 1), **SMALL},
+    "wide": {"embed_dim": 112, "depths": (1, 1, 1, 2), **SMALL},
 }  # fmt: skip
 """Without memory to speak of; unlike the presets, to see what parts leave out; and with large
 blocks, to see what gathering them takes."""
