@@ -9,15 +9,18 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-STEP_TOKENS, STEP_BYTES = 256, 2 << 20
-"""Tokens that go through a packed expert at a time, if so few bytes of hidden activations hold
-them: then those stay in cache."""
+STEP_TOKENS, STEP_BYTES = 256, 1 << 20
+"""Tokens that go through a packed expert at a time, or as many as these bytes of hidden activations
+hold: then those stay in cache. Where the first take more than twice the bytes, all is lost."""
 WIDE_TOKENS = 1024
 """Tokens of other experts: every step reads the weights, and lays them out if unpacked."""
-ROUND = {torch.bfloat16: 32, torch.float32: 16}
+TILES = torch.cpu._is_amx_tile_supported()
+"""Whether the processor multiplies bfloat16 in tiles (AMX): then products cost little beside what
+surrounds them."""
+ROUND = {torch.bfloat16: 32 if TILES else 16, torch.float32: 16}
 """Gathered tokens are rounded up to this: oneDNN compiles a kernel for every new number of them,
-which in bfloat16 takes longer than the product, and experts see another number in every batch.
-Finer steps need more kernels than it keeps."""
+which in tiles takes longer than the product, and experts see another number in every batch. Finer
+steps need more kernels than it keeps."""
 
 
 def runs(x: Tensor) -> bool:
@@ -66,8 +69,9 @@ def pack(weight: Tensor) -> Tensor:
 def steps(x_TD: Tensor, tokens: int, fc1: Tensor) -> Iterator[slice]:
     """The steps, of about equal size, in which an expert with these first weights takes tokens."""
     about = WIDE_TOKENS if x_TD.is_cpu else max(tokens, 1)
-    if fc1.is_mkldnn and STEP_TOKENS * fc1.shape[0] * x_TD.itemsize <= STEP_BYTES:
-        about = STEP_TOKENS
+    held = fc1.shape[0] * x_TD.itemsize
+    if fc1.is_mkldnn and STEP_TOKENS * held <= 2 * STEP_BYTES:
+        about = min(max(STEP_TOKENS, STEP_BYTES // held), WIDE_TOKENS)
     step = -(-tokens // max(round(tokens / about), 1))
     step = max(step + -step % ROUND.get(x_TD.dtype, 1), 1)
     for start in range(0, tokens, step):

@@ -7,7 +7,6 @@ import math
 from dataclasses import dataclass
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from model.config import ModelConfig
@@ -84,7 +83,8 @@ class Router(nn.Module):
         """Choose experts for (T, D) tokens (RingMoE Eq. 3: the gates g_k)."""
         with torch.autocast(x_TD.device.type, enabled=False):
             wide = torch.promote_types(x_TD.dtype, torch.float32)
-            probability_TE = F.linear(x_TD.to(wide), self.weight.to(wide)).softmax(-1)
+            logits_ET = self.weight.to(wide) @ x_TD.to(wide).t()
+            probability_TE = logits_ET.softmax(0).t()  # along a dimension of 4 it is slow
         gate_TK, choice_TK = self.choose(probability_TE)
         counts_E = count(choice_TK.flatten(), len(self.kept))
         assignment = self.assign(gate_TK, choice_TK, counts_E)
@@ -99,7 +99,10 @@ class Router(nn.Module):
         """The top k present experts of each token, and their weights."""
         if len(self.kept) < len(self.weight):
             probability_TE = probability_TE[:, list(self.kept)]
-        gate_TK, choice_TK = probability_TE.topk(self.top_k, dim=-1)
+        if self.top_k == 1:
+            gate_TK, choice_TK = probability_TE.max(-1, keepdim=True)
+        else:
+            gate_TK, choice_TK = probability_TE.topk(self.top_k, dim=-1)
         if self.gate == "normalized":
             gate_TK = gate_TK / gate_TK.sum(-1, keepdim=True)
         return gate_TK, choice_TK

@@ -2,10 +2,17 @@
 
 import pytest
 import torch
+import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from model.attention import WindowAttention, WindowGrid, attention_mask, grid_mask
+from model.attention import (
+    WindowAttention,
+    WindowGrid,
+    attend_in_parts,
+    attention_mask,
+    grid_mask,
+)
 
 grids = st.builds(
     lambda height, width, window, odd: WindowGrid(height, width, window, window // 2 * odd),
@@ -158,3 +165,19 @@ def test_bfloat16_training_and_inference_agree_with_float32(kind):
         assert (exact - rough).abs().max() < 0.05 * exact.abs().max() + 1e-4
     with torch.autocast("cpu", torch.bfloat16), torch.no_grad():
         torch.testing.assert_close(attention(x, grid), y, rtol=0.05, atol=0.02)
+
+
+@pytest.mark.parametrize("biases", [1, 5], ids=["shared", "per image"])
+@pytest.mark.parametrize("room", [1, 100, 700, 1 << 20])
+def test_attention_in_parts_equals_sdpa(biases, room, monkeypatch):
+    """Whatever number of logits is computed at a time, and in bfloat16 to its rounding."""
+    monkeypatch.setattr("model.attention.PART_LOGITS", room)
+    q, k, v = torch.randn(3, 5, 7, 6, 4).bfloat16().unbind()
+    bias = torch.randn(biases, 7, 6, 6)
+    bias[..., 0, 3:] = -torch.inf
+    with torch.inference_mode():
+        found = attend_in_parts(q, k, v, bias)
+        wanted = F.scaled_dot_product_attention(
+            q.float(), k.float(), v.float(), attn_mask=bias, scale=1.0
+        )
+    torch.testing.assert_close(found.float(), wanted, atol=0.03, rtol=0.03)
