@@ -23,7 +23,7 @@ from torch import Tensor
 
 from model.config import ModelConfig
 from model.encoder import Block, RingMoE
-from model.experts import pack
+from model.packing import pack
 from ringmoe_cli.machine import keep_memory_of_updates
 
 

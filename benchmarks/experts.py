@@ -19,7 +19,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from model.config import ModelConfig
-from model.experts import ExpertBank, RMoE, pack
+from model.experts import ExpertBank, RMoE
+from model.packing import pack
 from ringmoe_cli.machine import keep_memory_of_updates
 
 ROUTINGS = {"even": (0.25, 0.25, 0.25, 0.25), "55/25/15/5": (0.55, 0.25, 0.15, 0.05)}

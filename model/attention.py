@@ -23,6 +23,9 @@ LOG_100 = math.log(100)
 PART_LOGITS = 1 << 20
 """Logits that are computed at a time where they are written out: 4 MB."""
 
+Layer = tuple[Tensor, Tensor]
+"""Weight and bias; the weight may be packed (`fused.pack`)."""
+
 
 @dataclass(frozen=True)
 class WindowGrid:
@@ -177,6 +180,7 @@ class WindowAttention(nn.Module):
         self.v_bias = nn.Parameter(torch.zeros(width))
         self.proj = nn.Linear(width, width)
         self.kept_bias: tuple[Any, tuple[Tensor, ...], Tensor] | None = None
+        self.packed: list[Layer] | None = None
         if self.cosine:
             self.logit_scale = nn.Parameter(torch.full((heads, 1, 1), math.log(10.0)))
             self.position: nn.Module = ContinuousBias(window, heads)
@@ -202,7 +206,23 @@ class WindowAttention(nn.Module):
         if bias.shape[1] != self.heads:  # one bias per window, the same for all images
             q, k, v = (t.reshape(len(x), -1, *t.shape[2:]) for t in (q, k, v))
         out = attend(q, k, v, bias).view(shape)
-        return grid.join(linear(out.transpose(1, 2).flatten(2), self.proj.weight, self.proj.bias))
+        return grid.join(linear(out.transpose(1, 2).flatten(2), self.layers()[1]))
+
+    def layers(self) -> list[Layer]:
+        """The projections to queries, keys and values, and of the result."""
+        if self.packed is not None:
+            return self.packed
+        k_bias = torch.zeros_like(self.q_bias) if self.cosine else self.k_bias
+        bias = torch.cat([self.q_bias, k_bias, self.v_bias])
+        return [(self.qkv.weight, bias), (self.proj.weight, self.proj.bias)]
+
+    def pack(self) -> None:
+        """Lay the projections out for inference on a CPU (`ExpertBank.pack`)."""
+        if self.packed is None and fused.runs(self.qkv.weight):
+            with torch.no_grad():
+                self.packed = [(fused.pack(weight), bias.clone()) for weight, bias in self.layers()]
+            self.qkv.to("meta")
+            self.proj.to("meta")
 
     def logit_bias(self, grid: WindowGrid, valid: Tensor | None, dtype: torch.dtype) -> Tensor:
         """Position bias and mask: (1, heads, N, N) or (1 or B, windows·heads, N, N).
@@ -231,8 +251,7 @@ class WindowAttention(nn.Module):
 
     def project(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Queries, keys and values, the scale of the logits folded into the queries."""
-        k_bias = torch.zeros_like(self.q_bias) if self.cosine else self.k_bias
-        qkv = linear(x, self.qkv.weight, torch.cat([self.q_bias, k_bias, self.v_bias]))
+        qkv = linear(x, self.layers()[0])
         split = qkv.view(*x.shape[:2], 3, self.heads, x.shape[2] // self.heads)
         q, k, v = split.permute(2, 0, 3, 1, 4)
         if self.cosine:  # Liu et al. 2022, Eq. 2
@@ -252,8 +271,9 @@ def state_of(weight: Tensor) -> tuple[int, int, int]:
     return id(weight), weight.data_ptr(), version
 
 
-def linear(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+def linear(x: Tensor, layer: Layer) -> Tensor:
     """x·weightᵀ + bias; on a CPU without gradients in one pass."""
+    weight, bias = layer
     if torch.is_grad_enabled() or torch.is_autocast_enabled(x.device.type):
         return F.linear(x, weight, bias)
     return fused.linear(x, weight, bias)

@@ -10,9 +10,9 @@ from typing import cast
 import torch
 from torch import Tensor, nn
 
-from model import fused, grouped
+from model import fused, grouped, int8
 from model.config import Gelu, ModelConfig
-from model.mixture import Mixture, Plan, Stack, each, mix
+from model.mixture import Mixture, Plan, Stack, Weights, each, mix
 from model.router import Assignment, LayerRouting, Router
 
 
@@ -33,7 +33,7 @@ class ExpertBank(nn.Module):
         self.fc1 = Stacked(experts, width, config.mlp_ratio * width)
         self.fc2 = Stacked(experts, config.mlp_ratio * width, width)
         self.gelu: Gelu = config.gelu
-        self.packed: list[Stack] | None = None
+        self.packed: list[Weights] | None = None
 
     def __len__(self) -> int:
         return len(self.fc1.weight)
@@ -43,25 +43,38 @@ class ExpertBank(nn.Module):
         parameters = (self.fc1.weight, self.fc1.bias, self.fc2.weight, self.fc2.bias)
         return cast(Stack, tuple(p.to(dtype) for p in parameters))
 
-    def experts(self, dtype: torch.dtype) -> Sequence[Stack]:
+    def experts(self, dtype: torch.dtype) -> Sequence[Weights]:
         """The parameters of each expert, for inference."""
         if self.packed is not None:
             return self.packed
         return each(self.stack(dtype))
 
-    def pack(self) -> None:
+    def pack(self, integers: bool = False) -> None:
         """Lay the weights out as oneDNN multiplies them, once instead of at every call.
 
         In place, for inference on a CPU: afterwards the parameters have a shape but no values.
+
+        Args:
+            integers: round them to 8-bit integers (`model.int8`).
         """
-        if not fused.runs(self.fc1.weight):
+        if not (integers or fused.runs(self.fc1.weight)):
             return
+        form = in_integers if integers else laid_out
         with torch.no_grad():
-            self.packed = [
-                (fused.pack(w1), b1.clone(), fused.pack(w2), b2.clone())
-                for w1, b1, w2, b2 in each(self.stack(self.fc1.weight.dtype))
-            ]
+            self.packed = [form(expert) for expert in each(self.stack(self.fc1.weight.dtype))]
         self.to("meta")
+
+
+def laid_out(expert: Stack) -> Weights:
+    """An expert's weights as oneDNN multiplies them."""
+    w1, b1, w2, b2 = expert
+    return fused.pack(w1), b1.clone(), fused.pack(w2), b2.clone()
+
+
+def in_integers(expert: Stack) -> Weights:
+    """An expert's weights in 8-bit integers."""
+    w1, b1, w2, b2 = expert
+    return int8.Expert(int8.quantised(w1, b1), int8.quantised(w2, b2))
 
 
 @dataclass
@@ -178,9 +191,3 @@ class RMoE(nn.Module):
                 router = cast(Router, cast(nn.ModuleDict, self.router["specialised"])[name])
                 yield f"specialised.{name}", bank, router, first, count
             first += count
-
-
-def pack(network: nn.Module) -> None:
-    """Pack the experts of a network (`ExpertBank.pack`): few tokens cost less."""
-    for bank in (module for module in network.modules() if isinstance(module, ExpertBank)):
-        bank.pack()

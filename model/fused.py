@@ -66,11 +66,11 @@ def pack(weight: Tensor) -> Tensor:
     return packed
 
 
-def steps(x_TD: Tensor, tokens: int, fc1: Tensor) -> Iterator[slice]:
-    """The steps, of about equal size, in which an expert with these first weights takes tokens."""
+def steps(x_TD: Tensor, tokens: int, hidden: int, packed: bool) -> Iterator[slice]:
+    """The steps, of about equal size, in which an expert of a hidden width takes tokens."""
     about = WIDE_TOKENS if x_TD.is_cpu else max(tokens, 1)
-    held = fc1.shape[0] * x_TD.itemsize
-    if fc1.is_mkldnn and STEP_TOKENS * held <= 2 * STEP_BYTES:
+    held = hidden * x_TD.itemsize
+    if packed and STEP_TOKENS * held <= 2 * STEP_BYTES:
         about = min(max(STEP_TOKENS, STEP_BYTES // held), WIDE_TOKENS)
     step = -(-tokens // max(round(tokens / about), 1))
     step = max(step + -step % ROUND.get(x_TD.dtype, 1), 1)

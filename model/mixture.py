@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from model import fused
+from model import fused, int8
 
 WIDE = 768
 """Width from which a left operand in bfloat16 is better transposed by a copy."""
@@ -20,6 +20,8 @@ WIDE = 768
 Stack = tuple[Tensor, Tensor, Tensor, Tensor]
 """fc1.weight (E, F, D), fc1.bias (E, F), fc2.weight (E, D, F), fc2.bias (E, D); or of one expert,
 without E."""
+Weights = Stack | int8.Expert
+"""An expert for inference: plain, packed (`fused.pack`), or in integers."""
 
 
 @dataclass
@@ -173,7 +175,7 @@ def mix(
     plan: Plan,
     rows: Sequence[Tensor | None],
     gates: Sequence[Tensor | None],
-    experts: Sequence[Sequence[Stack]],
+    experts: Sequence[Sequence[Weights]],
 ) -> Tensor:
     """What `Mixture` computes, for inference.
 
@@ -182,12 +184,14 @@ def mix(
         plan: how many tokens each expert has.
         rows: of each bank, its tokens sorted by expert.
         gates: of each bank, their weights.
-        experts: of each bank, the weights of its experts, plain or packed (`fused.pack`).
+        experts: of each bank, the weights of its experts.
     """
     y_TD = plan.new(x_TD)
     for bank, expert, mine, gate in plan.experts(rows, gates):
         weights = experts[bank][expert]
-        for part in fused.steps(x_TD, len(x_TD) if mine is None else len(mine), weights[0]):
+        hidden, packed = size_of(weights)
+        tokens = len(x_TD) if mine is None else len(mine)
+        for part in fused.steps(x_TD, tokens, hidden, packed):
             if mine is None:
                 y_TD[part] = feed_forward(x_TD[part], weights, plan.form)
                 continue
@@ -197,8 +201,17 @@ def mix(
     return y_TD
 
 
-def feed_forward(x_ND: Tensor, weights: Stack, form: str) -> Tensor:
+def size_of(weights: Weights) -> tuple[int, bool]:
+    """Hidden width of an expert, and whether its weights are laid out for oneDNN."""
+    if isinstance(weights, int8.Expert):
+        return len(weights.fc1.bias_O), True
+    return weights[0].shape[0], weights[0].is_mkldnn
+
+
+def feed_forward(x_ND: Tensor, weights: Weights, form: str) -> Tensor:
     """FFN(x), (N, D) -> (N, D), without gradients."""
+    if isinstance(weights, int8.Expert):
+        return int8.feed_forward(x_ND, weights)
     w1, b1, w2, b2 = weights
     return fused.linear(fused.linear_gelu(x_ND, w1, b1, form), w2, b2)
 

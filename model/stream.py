@@ -1,9 +1,10 @@
 """Models larger than memory: one layer of weights at a time.
 
-Nothing else changes: the blocks of a streamed encoder fetch their weights from the checkpoint
-when they are called, and drop them when they have answered.
+The blocks of a streamed encoder fetch their weights from the checkpoint when they are called, and
+drop them when they have answered. Those that are rounded to integers are read once, one by one.
 """
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,7 @@ from torch import nn
 
 from model.checkpoint import load_module, read_config
 from model.encoder import Block, RingMoE
+from model.packing import pack
 
 
 def streamed_encoder(path: Path | str, modalities: tuple[str, ...] | None = None) -> RingMoE:
@@ -36,12 +38,39 @@ def stream_blocks(module: nn.Module, path: Path | str, prefix: str = "") -> None
         path: the checkpoint.
         prefix: put before the module's own names, as in `load_module`.
     """
+
+    def from_disk(block: Block, prefix: str) -> None:
+        block.register_forward_pre_hook(fetch(path, prefix))
+        block.register_forward_hook(drop)
+
+    load_around_blocks(module, path, prefix, from_disk)
+
+
+def load_in_integers(module: nn.Module, path: Path | str, prefix: str = "") -> None:
+    """Load a module and round its experts to 8-bit integers, block by block.
+
+    Args:
+        module: an encoder built on the meta device, or a network around one; inference only.
+        path: the checkpoint.
+        prefix: put before the module's own names, as in `load_module`.
+    """
+
+    def rounded(block: Block, prefix: str) -> None:
+        load_module(path, block, prefix)
+        pack(block, integers=True)
+
+    load_around_blocks(module, path, prefix, rounded)
+
+
+def load_around_blocks(
+    module: nn.Module, path: Path | str, prefix: str, treat: Callable[[Block, str], None]
+) -> None:
+    """Load a module, but for its encoder's blocks, which are treated as `treat` does."""
     for name, child in module.named_children():
         if isinstance(child, Block):
-            child.register_forward_pre_hook(fetch(path, f"{prefix}{name}."))
-            child.register_forward_hook(drop)
+            treat(child, f"{prefix}{name}.")
         else:
-            stream_blocks(child, path, f"{prefix}{name}.")
+            load_around_blocks(child, path, f"{prefix}{name}.", treat)
     own = nn.Module()
     for name, parameter in module.named_parameters(recurse=False):
         own.register_parameter(name, parameter)

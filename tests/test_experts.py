@@ -12,8 +12,9 @@ from torch import Tensor
 
 from model import fused
 from model.config import ModelConfig
-from model.experts import ExpertBank, Job, RMoE, pack, run_grouped, run_locally
+from model.experts import ExpertBank, Job, RMoE, run_grouped, run_locally
 from model.mixture import outer
+from model.packing import pack
 from model.router import Assignment, Router
 
 
@@ -251,8 +252,7 @@ def test_packed_experts_give_the_same_output(dtype):
 @pytest.mark.parametrize("tokens", [0, 1, 31, 256, 384, 385, 1000, 5000])
 @pytest.mark.parametrize("width", [64, 8192])
 def test_steps_cover_all_tokens_once(tokens, width):
-    fc1 = fused.pack(torch.zeros(width, 16))
-    parts = list(fused.steps(torch.zeros(1, 16), tokens, fc1))
+    parts = list(fused.steps(torch.zeros(1, 16), tokens, width, packed=True))
     assert [row for part in parts for row in range(part.start, part.stop)] == list(range(tokens))
     assert all((part.stop - part.start) % fused.ROUND[torch.float32] == 0 for part in parts[:-1])
 

@@ -15,7 +15,7 @@ from model.decoders import Detail
 from model.encoder import Encoding, RingMoE
 from model.modality import MODALITIES
 from model.router import LayerRouting, balance_loss
-from model.stream import stream_blocks
+from model.stream import load_in_integers, stream_blocks
 from model.tasks import TASKS
 from model.tasks.classification import pooled
 
@@ -205,7 +205,7 @@ def hide_modalities(weights: dict[str, Tensor], chance: float) -> dict[str, Tens
 
 
 def load_task_network(
-    path: Path | str, streamed: bool = False
+    path: Path | str, streamed: bool = False, int8: bool = False
 ) -> tuple[TaskNetwork, CheckpointConfig]:
     """A fine-tuned network in eval mode, and what its checkpoint says about it.
 
@@ -214,6 +214,7 @@ def load_task_network(
     Args:
         path: the checkpoint.
         streamed: leave the encoder's blocks on disk; each is fetched when it is called.
+        int8: round the experts to 8-bit integers as they are read; for inference on a CPU.
 
     Raises:
         ValueError: if the checkpoint is none, damaged, or has no task head.
@@ -229,6 +230,8 @@ def load_task_network(
     network = TaskNetwork(encoder, config.task)
     if streamed:
         stream_blocks(network, path)
+    elif int8:
+        load_in_integers(network, path)
     else:
         load_module(path, network)
     return network.eval(), config

@@ -82,6 +82,9 @@ def predict(
     stream: Annotated[
         bool, typer.Option("--stream", help="Read a model larger than memory layer by layer.")
     ] = False,
+    int8: Annotated[
+        bool, typer.Option("--int8", help="Experts in 8-bit integers: half the memory (CPU).")
+    ] = False,
     compiled: Annotated[
         bool, typer.Option("--compile", help="torch.compile the model: a minute for long runs.")
     ] = False,
@@ -108,6 +111,7 @@ def predict(
         ringmoe predict frames/*.png --model runs/track -o tracks.txt
         ringmoe predict scene.tif --model runs/seg --warp EPSG:32631 --dem heights.tif
         ringmoe predict *.tif --model runs/seg -o maps/ --mosaic all.tif --stac
+        ringmoe predict scene.tif --model big --int8
         RINGMOE_MODEL=runs/seg ringmoe predict scene.tif -o maps/ --probabilities
     """
     directory = chosen_model(model)
@@ -132,7 +136,9 @@ def predict(
         gsd=gsd, mask=mask, no_resample=no_resample, sure=score,
         warp=Warp(warp, dem) if warp else None, stac=stac,
     )  # fmt: skip
-    order = Order(directory, wish, device, window, overlap, batch, tta == "flips", stream, compiled)
+    order = Order(
+        directory, wish, device, window, overlap, batch, tta == "flips", stream, compiled, int8
+    )
     paths = list(scene_list(scenes))
     if paths == [pipes.STDIN] or pipes.is_stdout(output):
         if len(paths) != 1 or mosaic or stac:

@@ -42,12 +42,13 @@ class Order:
     flips: bool = False
     streamed: bool = False
     compiled: bool = False
+    int8: bool = False
 
     def mapper(self) -> Mapper:
         """The model, ready."""
         load = partial(
             load_mapper, self.model, self.wish, self.device, self.window, self.overlap, self.batch,
-            self.flips, self.streamed, self.compiled,
+            self.flips, self.streamed, self.compiled, self.int8,
         )  # fmt: skip
         return loaded(load, self.device, alone=self.streamed or self.compiled)
 

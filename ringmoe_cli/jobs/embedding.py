@@ -22,7 +22,7 @@ from ringmoe_cli.jobs.maps import check_free, output_path
 from ringmoe_cli.jobs.opening import Opener, Wish, about_scenes
 from ringmoe_cli.jobs.prediction import Job, Report, predict_scene
 from ringmoe_cli.jobs.summary import described, model_identity
-from ringmoe_cli.machine import chosen_device, use_memory_steadily
+from ringmoe_cli.machine import chosen_device, return_unused_memory, use_memory_steadily
 from ringmoe_cli.scene.maps.product import FeatureMap, Vectors
 from ringmoe_cli.scene.maps.strips import Normalised, SkipBad, window_batches
 from ringmoe_cli.scene.maps.vectortiles import write_tiles
@@ -268,6 +268,8 @@ def load_embedder(
         RingmoeError: for a stage, window or modality that it cannot have.
     """
     use_memory_steadily()
+    from model.packing import pack
+
     config = read_config(directory)
     modality = the_modality(config, wish.modality, directory)
     encoder = load_encoder(directory, config, modality)
@@ -282,7 +284,9 @@ def load_embedder(
     settings = Settings.of(side, overlap, batch, where)
     fitting = round(settings.overlap / unit) * unit
     settings = replace(settings, overlap=min(fitting, side - unit), cell=unit)
-    return Embedder(features.to(where), config, model_identity(directory), settings, wish)
+    pack(features.to(where))
+    return_unused_memory()
+    return Embedder(features, config, model_identity(directory), settings, wish)
 
 
 def load_encoder(directory: Path, config: CheckpointConfig, modality: str) -> RingMoE:

@@ -3,7 +3,7 @@
 import glob
 import sys
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -121,6 +121,7 @@ def load_mapper(
     flips: bool = False,
     streamed: bool = False,
     compiled: bool = False,
+    int8: bool = False,
 ) -> Mapper:
     """Load a fine-tuned model and make it ready.
 
@@ -129,28 +130,45 @@ def load_mapper(
         RingmoeError: for an impossible window or device.
     """
     use_memory_steadily()
-    from model.experts import pack
+    from model.packing import pack
     from model.tasks.network import load_task_network
 
-    network, config = load_task_network(directory, streamed)
+    where = chosen_device("cpu" if int8 and device == "auto" else device)
+    check_ways(where, streamed, compiled, int8)
+    network, config = load_task_network(directory, streamed, int8)
     assert config.task is not None
-    where = chosen_device(device)
     side = window or config.task.window
     settings = Settings.of(side, overlap, batch, where, flips, alone=streamed or compiled)
     if not 0 <= settings.overlap < side or side < config.model.patch_size:
         raise RingmoeError(
             f"--window {side} with --overlap {overlap} leaves no step between windows"
         )
-    if streamed and where != "cpu":
+    if compiled:
+        network.to(where).compile()
+    elif not (streamed or int8):
+        pack(network.to(where))
+    return_unused_memory()
+    return Mapper(network, config, model_identity(directory), replace(settings, int8=int8), wish)
+
+
+def check_ways(device: str, streamed: bool, compiled: bool, int8: bool) -> None:
+    """Refuse ways to run a model that exclude each other.
+
+    Raises:
+        RingmoeError: naming them.
+    """
+    from model.int8 import runs
+
+    if streamed and device != "cpu":
         raise RingmoeError("--stream keeps the model on disk and works on the CPU; leave --device")
     if streamed and compiled:
         raise RingmoeError("--stream changes the model's weights all the time; leave --compile")
-    if compiled:
-        network.to(where).compile()
-    elif not streamed:
-        pack(network.to(where))
-        return_unused_memory()
-    return Mapper(network, config, model_identity(directory), settings, wish)
+    if int8 and device != "cpu":
+        raise RingmoeError(f"--int8 works on the CPU, not on {device}; leave --device")
+    if int8 and (streamed or compiled):
+        raise RingmoeError("--int8 lays weights out in memory; leave --stream and --compile")
+    if int8 and not runs():
+        raise RingmoeError("this processor has no 8-bit products (VNNI); leave --int8")
 
 
 def output_path(path: str, name: str, task: str, output: Path | None, suffix: str = ".tif") -> Path:
