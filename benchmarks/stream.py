@@ -80,6 +80,7 @@ print(json.dumps({{"chips": count, "seconds": seconds, "peak_gb": peaks}}))
 """
 """One layer of every stage, its tokens random, two steps of the descent: memory is that of any."""
 PROGRAMS = {"run": RUN, "fit": FIT}
+PREDICTIONS: dict[str, list[str]] = {"predict": [], "predict8": ["--int8"]}
 COMPRESS = """
 import json, time
 from pathlib import Path
@@ -195,6 +196,24 @@ def load(model: Path, turns: int = 4) -> None:
     print(json.dumps({"step": "load", "rate": loads, "disk": plain, "share": round(share, 3)}))
 
 
+def predict(model: Path, name: str, *arguments: str) -> None:
+    """`ringmoe predict` on a scene of one window of 192 pixels."""
+    import numpy as np
+    import rasterio
+
+    scene, out = model.with_name("window.tif"), model.with_name("window_map.tif")
+    pixels = np.random.default_rng(0).integers(1, 255, (3, 192, 192), dtype=np.uint8)
+    shape = {"count": 3, "height": 192, "width": 192, "dtype": "uint8", "crs": "EPSG:32631"}
+    grid = rasterio.Affine(1, 0, 5e5, 0, -1, 5e6)
+    with rasterio.open(scene, "w", driver="GTiff", transform=grid, **shape) as file:
+        file.write(pixels)
+    drop_cache(model)
+    command = [*RINGMOE, "predict", str(scene), "--model", str(model), "-o", str(out)]
+    measured(name, [*command, "--bands", "red,green,blue", *arguments])
+    scene.unlink()
+    out.unlink(missing_ok=True)
+
+
 def prune(model: Path, name: str, *arguments: str) -> None:
     """One pruning, its result deleted, between two measurements of the disk.
 
@@ -237,7 +256,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("folder", type=Path)
     parser.add_argument("--preset", default="14b")
-    parser.add_argument("--steps", default="convert,load,run,ep,ka,ks,kc,fit")
+    parser.add_argument("--steps", default="convert,load,run,predict,predict8,ep,ka,ks,kc,fit")
     parser.add_argument("--seconds", type=float, default=1e9, help="After which KC may stop.")
     parser.add_argument("--keep", action="store_true")
     arguments = parser.parse_args()
@@ -256,6 +275,13 @@ def main() -> None:
             shutil.rmtree(model, ignore_errors=True)
 
 
+def run(model: Path, name: str) -> None:
+    """A program between two measurements of the disk."""
+    rate = read_rate(model)
+    measured(name, [sys.executable, "-c", PROGRAMS[name].format(model=str(model))])
+    print(json.dumps({"step": name, "disk": [rate, read_rate(model)]}), flush=True)
+
+
 def walk_through(model: Path, arguments: argparse.Namespace) -> None:
     """The steps that were asked for, one after another."""
     steps = arguments.steps.split(",")
@@ -265,15 +291,13 @@ def walk_through(model: Path, arguments: argparse.Namespace) -> None:
     if "load" in steps:
         load(model)
     for name in (n for n in steps if n in PROGRAMS):
-        rate = read_rate(model)
-        program = PROGRAMS[name].format(model=str(model))
-        measured(name, [sys.executable, "-c", program])
-        print(json.dumps({"step": name, "disk": [rate, read_rate(model)]}), flush=True)
+        run(model, name)
+    for name in (n for n in steps if n in PREDICTIONS):
+        predict(model, name, *PREDICTIONS[name])
     if "ep" in steps:
         prune(model, "ep", "--target", "4.5b")
-    for method in ("ka", "ks"):
-        if method in steps:
-            prune(model, method, "--target", "1b", "--method", method)
+    for method in (m for m in steps if m in ("ka", "ks")):
+        prune(model, method, "--target", "1b", "--method", method)
     if "kc" in steps:
         compress(model, arguments.seconds)
         for left in (model.with_name("pruned-kc"), model.with_name("pruned-kc.part")):

@@ -46,18 +46,21 @@ def stream_blocks(module: nn.Module, path: Path | str, prefix: str = "") -> None
     load_around_blocks(module, path, prefix, from_disk)
 
 
-def load_in_integers(module: nn.Module, path: Path | str, prefix: str = "") -> None:
+def load_in_integers(
+    module: nn.Module, path: Path | str, prefix: str = "", bf16: bool = False
+) -> None:
     """Load a module and round its experts to 8-bit integers, block by block.
 
     Args:
         module: an encoder built on the meta device, or a network around one; inference only.
         path: the checkpoint.
         prefix: put before the module's own names, as in `load_module`.
+        bf16: the rest of a block becomes bfloat16.
     """
 
     def rounded(block: Block, prefix: str) -> None:
         load_module(path, block, prefix)
-        pack(block, integers=True)
+        pack(block.bfloat16() if bf16 else block, integers=True)
 
     load_around_blocks(module, path, prefix, rounded)
 

@@ -17,8 +17,9 @@ from model.experts import ExpertBank, RMoE
 from model.packing import pack
 from model.tasks.network import load_task_network
 from ringmoe_cli.errors import RingmoeError
-from ringmoe_cli.jobs.maps import check_ways, load_mapper
+from ringmoe_cli.jobs.maps import load_mapper
 from ringmoe_cli.jobs.opening import Wish
+from ringmoe_cli.jobs.ways import Ways
 
 pytestmark = pytest.mark.skipif(not int8.runs(), reason="this processor has no 8-bit products")
 
@@ -101,32 +102,41 @@ def test_a_network_is_rounded_as_it_is_read(saved):
     assert 0 < (mine - wanted).abs().mean() < 0.05
 
 
-def test_a_map_made_with_integers_is_nearly_the_same(model, scene, tmp_path):
-    """And its settings differ: a run without does not take up its unfinished bands."""
-    maps = {}
-    for int8_ in (False, True):
-        wish = Wish(tmp_path / f"{int8_}.tif")
-        mapper = load_mapper(model, wish, "auto", int8=int8_)
-        assert mapper.settings.int8 == int8_
+def test_maps_in_rough_numbers_are_nearly_the_same(model, scene, tmp_path):
+    """And their settings differ: a run without does not take up their unfinished bands."""
+    maps, settings = [], set()
+    for ways in (Ways(), Ways(bf16=True), Ways(int8=True), Ways(bf16=True, int8=True)):
+        wish = Wish(tmp_path / f"{len(maps)}.tif")
+        mapper = load_mapper(model, wish, "auto", ways=ways)
+        encoder = mapper.network.encoder
+        assert (encoder.norm.weight.dtype == torch.bfloat16) == ways.bf16
         mapper.map_scene(str(scene))
-        maps[int8_] = rasterio.open(wish.output).read(1)
-    assert (maps[True] == maps[False]).mean() > 0.9
+        settings.add(mapper.settings)
+        with rasterio.open(wish.output) as file:
+            maps.append(file.read(1))
+        assert (maps[-1] == maps[0]).mean() > 0.9
+    assert len(settings) == 4
 
 
 @pytest.mark.parametrize(
-    ("ways", "words"),
+    ("device", "ways", "words"),
     [
-        (("cuda", False, False), "leave --device"),
-        (("cpu", True, False), "leave --stream and --compile"),
-        (("cpu", False, True), "leave --stream and --compile"),
+        ("cuda", Ways(int8=True), "not on cuda; leave --device"),
+        ("cpu", Ways(int8=True, streamed=True), "leave --stream and --compile"),
+        ("cpu", Ways(int8=True, compiled=True), "leave --stream and --compile"),
+        ("cpu", Ways(bf16=True, streamed=True), "leave --bf16"),
+        ("cuda", Ways(streamed=True), "leave --device"),
     ],
 )
-def test_ways_that_exclude_each_other_are_named(ways, words):
+def test_ways_that_exclude_each_other_are_named(device, ways, words):
     with pytest.raises(RingmoeError, match=words):
-        check_ways(*ways, int8=True)
+        ways.check(device)
 
 
 def test_a_processor_without_them_is_named(monkeypatch):
     monkeypatch.setattr("model.int8.runs", lambda: False)
     with pytest.raises(RingmoeError, match="VNNI"):
-        check_ways("cpu", False, False, int8=True)
+        Ways(int8=True).check("cpu")
+    monkeypatch.setattr("model.fused.runs", lambda _: False)
+    with pytest.raises(RingmoeError, match="no bfloat16"):
+        Ways(bf16=True).check("cpu")

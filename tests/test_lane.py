@@ -12,6 +12,7 @@ from ringmoe_cli.errors import RingmoeError
 from ringmoe_cli.jobs.lane import Fetched, Lane
 from ringmoe_cli.jobs.maps import load_mapper
 from ringmoe_cli.jobs.opening import Wish
+from ringmoe_cli.jobs.ways import Ways
 
 
 def test_on_a_cpu_nothing_is_copied_or_rounded():
@@ -31,14 +32,14 @@ def test_a_compiled_model_makes_the_same_map(model, tmp_path):
     maps = []
     for compiled in (False, True):
         wish = Wish(output=tmp_path / f"{compiled}.tif")
-        load_mapper(model, wish, "cpu", compiled=compiled).map_scene(str(path))
+        load_mapper(model, wish, "cpu", ways=Ways(compiled=compiled)).map_scene(str(path))
         maps.append(rasterio.open(wish.output).read(1))
     assert (maps[0] == maps[1]).mean() > 0.999
 
 
 def test_a_streamed_model_is_not_compiled(model):
     with pytest.raises(RingmoeError, match="--compile"):
-        load_mapper(model, Wish(), "cpu", streamed=True, compiled=True)
+        load_mapper(model, Wish(), "cpu", ways=Ways(streamed=True, compiled=True))
 
 
 @pytest.mark.gpu

@@ -205,7 +205,7 @@ def hide_modalities(weights: dict[str, Tensor], chance: float) -> dict[str, Tens
 
 
 def load_task_network(
-    path: Path | str, streamed: bool = False, int8: bool = False
+    path: Path | str, streamed: bool = False, int8: bool = False, bf16: bool = False
 ) -> tuple[TaskNetwork, CheckpointConfig]:
     """A fine-tuned network in eval mode, and what its checkpoint says about it.
 
@@ -215,6 +215,7 @@ def load_task_network(
         path: the checkpoint.
         streamed: leave the encoder's blocks on disk; each is fetched when it is called.
         int8: round the experts to 8-bit integers as they are read; for inference on a CPU.
+        bf16: the encoder becomes bfloat16; the head takes features in its own precision.
 
     Raises:
         ValueError: if the checkpoint is none, damaged, or has no task head.
@@ -231,7 +232,9 @@ def load_task_network(
     if streamed:
         stream_blocks(network, path)
     elif int8:
-        load_in_integers(network, path)
+        load_in_integers(network, path, bf16=bf16)
     else:
         load_module(path, network)
+    if bf16:
+        network.encoder.bfloat16()
     return network.eval(), config

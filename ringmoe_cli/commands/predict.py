@@ -82,6 +82,9 @@ def predict(
     stream: Annotated[
         bool, typer.Option("--stream", help="Read a model larger than memory layer by layer.")
     ] = False,
+    bf16: Annotated[
+        bool, typer.Option("--bf16", help="Compute in bfloat16: quicker where the CPU has it.")
+    ] = False,
     int8: Annotated[
         bool, typer.Option("--int8", help="Experts in 8-bit integers: half the memory (CPU).")
     ] = False,
@@ -111,7 +114,7 @@ def predict(
         ringmoe predict frames/*.png --model runs/track -o tracks.txt
         ringmoe predict scene.tif --model runs/seg --warp EPSG:32631 --dem heights.tif
         ringmoe predict *.tif --model runs/seg -o maps/ --mosaic all.tif --stac
-        ringmoe predict scene.tif --model big --int8
+        ringmoe predict scene.tif --model big --bf16 --int8
         RINGMOE_MODEL=runs/seg ringmoe predict scene.tif -o maps/ --probabilities
     """
     directory = chosen_model(model)
@@ -124,6 +127,7 @@ def predict(
     from ringmoe_cli.jobs.maps import scene_list
     from ringmoe_cli.jobs.opening import Wish
     from ringmoe_cli.jobs.scenes import map_piped, map_scenes
+    from ringmoe_cli.jobs.ways import Ways
     from ringmoe_cli.scene import pipes
     from ringmoe_cli.scene.maps.warp import Warp
     from ringmoe_cli.scene.writer import parse_options
@@ -136,9 +140,8 @@ def predict(
         gsd=gsd, mask=mask, no_resample=no_resample, sure=score,
         warp=Warp(warp, dem) if warp else None, stac=stac,
     )  # fmt: skip
-    order = Order(
-        directory, wish, device, window, overlap, batch, tta == "flips", stream, compiled, int8
-    )
+    ways = Ways(streamed=stream, compiled=compiled, bf16=bf16, int8=int8)
+    order = Order(directory, wish, device, window, overlap, batch, tta == "flips", ways)
     paths = list(scene_list(scenes))
     if paths == [pipes.STDIN] or pipes.is_stdout(output):
         if len(paths) != 1 or mosaic or stac:

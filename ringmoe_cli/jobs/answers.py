@@ -54,6 +54,8 @@ class Settings:
     """Average the answers to the four mirror images of each window."""
     cell: int = 1
     """Side in pixels of the squares that the network speaks about."""
+    bf16: bool = False
+    """The encoder computes in bfloat16."""
     int8: bool = False
     """The experts are 8-bit integers."""
 

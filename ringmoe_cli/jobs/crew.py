@@ -20,6 +20,7 @@ from ringmoe_cli.jobs.compute import loaded
 from ringmoe_cli.jobs.maps import Mapper, Tally, is_folder, load_mapper
 from ringmoe_cli.jobs.objects import pairs
 from ringmoe_cli.jobs.opening import Wish
+from ringmoe_cli.jobs.ways import AS_STORED, Ways
 from ringmoe_cli.scene.maps.part import save_band
 from ringmoe_cli.scene.maps.strips import SkipBad
 
@@ -40,17 +41,15 @@ class Order:
     overlap: float = 0.25
     batch: int | None = None
     flips: bool = False
-    streamed: bool = False
-    compiled: bool = False
-    int8: bool = False
+    ways: Ways = AS_STORED
 
     def mapper(self) -> Mapper:
         """The model, ready."""
         load = partial(
             load_mapper, self.model, self.wish, self.device, self.window, self.overlap, self.batch,
-            self.flips, self.streamed, self.compiled, self.int8,
+            self.flips, self.ways,
         )  # fmt: skip
-        return loaded(load, self.device, alone=self.streamed or self.compiled)
+        return loaded(load, self.device, alone=self.ways.alone)
 
 
 @dataclass(frozen=True)

@@ -15,6 +15,7 @@ from ringmoe_cli.jobs.answers import Network, Settings
 from ringmoe_cli.jobs.opening import Opener, Wish, about_scenes
 from ringmoe_cli.jobs.prediction import Crew, Job, Report, predict_scene
 from ringmoe_cli.jobs.summary import described, model_identity, summary
+from ringmoe_cli.jobs.ways import AS_STORED, Ways
 from ringmoe_cli.machine import chosen_device, return_unused_memory, use_memory_steadily
 from ringmoe_cli.scene.maps.part import part_folder
 from ringmoe_cli.scene.maps.product import Product, product_of
@@ -119,56 +120,35 @@ def load_mapper(
     overlap: float = 0.25,
     batch: int | None = None,
     flips: bool = False,
-    streamed: bool = False,
-    compiled: bool = False,
-    int8: bool = False,
+    ways: Ways = AS_STORED,
 ) -> Mapper:
     """Load a fine-tuned model and make it ready.
 
     Raises:
         ValueError: if the checkpoint is none, damaged, or has no task head.
-        RingmoeError: for an impossible window or device.
+        RingmoeError: for an impossible window, device, or way to run it.
     """
     use_memory_steadily()
     from model.packing import pack
     from model.tasks.network import load_task_network
 
-    where = chosen_device("cpu" if int8 and device == "auto" else device)
-    check_ways(where, streamed, compiled, int8)
-    network, config = load_task_network(directory, streamed, int8)
+    where = chosen_device("cpu" if ways.int8 and device == "auto" else device)
+    ways.check(where)
+    network, config = load_task_network(directory, ways.streamed, ways.int8, ways.bf16)
     assert config.task is not None
     side = window or config.task.window
-    settings = Settings.of(side, overlap, batch, where, flips, alone=streamed or compiled)
+    settings = Settings.of(side, overlap, batch, where, flips, ways.alone)
+    settings = replace(settings, bf16=ways.bf16, int8=ways.int8)
     if not 0 <= settings.overlap < side or side < config.model.patch_size:
         raise RingmoeError(
             f"--window {side} with --overlap {overlap} leaves no step between windows"
         )
-    if compiled:
+    if ways.compiled:
         network.to(where).compile()
-    elif not (streamed or int8):
+    elif not (ways.streamed or ways.int8):
         pack(network.to(where))
     return_unused_memory()
-    return Mapper(network, config, model_identity(directory), replace(settings, int8=int8), wish)
-
-
-def check_ways(device: str, streamed: bool, compiled: bool, int8: bool) -> None:
-    """Refuse ways to run a model that exclude each other.
-
-    Raises:
-        RingmoeError: naming them.
-    """
-    from model.int8 import runs
-
-    if streamed and device != "cpu":
-        raise RingmoeError("--stream keeps the model on disk and works on the CPU; leave --device")
-    if streamed and compiled:
-        raise RingmoeError("--stream changes the model's weights all the time; leave --compile")
-    if int8 and device != "cpu":
-        raise RingmoeError(f"--int8 works on the CPU, not on {device}; leave --device")
-    if int8 and (streamed or compiled):
-        raise RingmoeError("--int8 lays weights out in memory; leave --stream and --compile")
-    if int8 and not runs():
-        raise RingmoeError("this processor has no 8-bit products (VNNI); leave --int8")
+    return Mapper(network, config, model_identity(directory), settings, wish)
 
 
 def output_path(path: str, name: str, task: str, output: Path | None, suffix: str = ".tif") -> Path:
