@@ -210,8 +210,8 @@ def predict(model: Path, name: str, *arguments: str) -> None:
     drop_cache(model)
     command = [*RINGMOE, "predict", str(scene), "--model", str(model), "-o", str(out)]
     measured(name, [*command, "--bands", "red,green,blue", *arguments])
-    scene.unlink()
-    out.unlink(missing_ok=True)
+    for left in (scene, out, Path(f"{out}.aux.xml")):
+        left.unlink(missing_ok=True)
 
 
 def prune(model: Path, name: str, *arguments: str) -> None:

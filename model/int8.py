@@ -43,9 +43,10 @@ def runs() -> bool:
 
 def quantised(weight: Tensor, bias: Tensor) -> Matrix:
     """A layer in integers: the largest weight of each output becomes 127."""
-    wide = weight.detach().float()
-    step_O = wide.abs().amax(1).clamp_min(1e-12) / 127
-    whole = (wide / step_O[:, None]).round_().to(torch.int8)
+    weight = weight.detach()
+    largest_O = torch.maximum(weight.amax(1), -weight.amin(1)).float()
+    step_O = largest_O.clamp_min(1e-12) / 127
+    whole = (weight * (1 / step_O)[:, None]).round_().to(torch.int8)
     packed = torch.ops.onednn.qlinear_prepack(whole, None)
     return Matrix(packed, step_O, torch.zeros_like(step_O, dtype=torch.int32), bias.float().clone())
 
