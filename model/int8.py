@@ -14,6 +14,10 @@ import torch
 from torch import Tensor
 
 
+SMALLEST = 1e-30
+"""Step of activations that are all 0."""
+
+
 class Matrix(NamedTuple):
     """A linear layer whose weight is integers times a step for each output."""
 
@@ -61,7 +65,7 @@ def levels(x: Tensor) -> tuple[Tensor, float, int]:
         ValueError: if a value is infinite or not a number.
     """
     low, high = (float(end) for end in torch.aminmax(x))
-    step = (max(high, 0.0) - min(low, 0.0)) / 254 or 1.0
+    step = max((max(high, 0.0) - min(low, 0.0)) / 254, SMALLEST)
     if not math.isfinite(step):
         raise ValueError("the model's activations are not finite; it cannot run with --int8")
     zero = round(-min(low, 0.0) / step)

@@ -86,7 +86,7 @@ def predict(
         bool, typer.Option("--bf16", help="Compute in bfloat16: quicker where the CPU has it.")
     ] = False,
     int8: Annotated[
-        bool, typer.Option("--int8", help="Experts in 8-bit integers: half the memory (CPU).")
+        bool, typer.Option("--int8", help="Experts in 8-bit integers: less memory (CPU).")
     ] = False,
     compiled: Annotated[
         bool, typer.Option("--compile", help="torch.compile the model: a minute for long runs.")
