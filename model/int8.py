@@ -13,7 +13,6 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-
 SMALLEST = 1e-30
 """Step of activations that are all 0."""
 
