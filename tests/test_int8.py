@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from mapping import model, scene
 from test_stream import saved
 
-from model import int8
+from model import fused, int8
 from model.batch import Batch
 from model.config import ModelConfig
 from model.experts import ExpertBank, RMoE
@@ -105,7 +105,10 @@ def test_a_network_is_rounded_as_it_is_read(saved):
 def test_maps_in_rough_numbers_are_nearly_the_same(model, scene, tmp_path):
     """And their settings differ: a run without does not take up their unfinished bands."""
     maps, settings = [], set()
-    for ways in (Ways(), Ways(bf16=True), Ways(int8=True), Ways(bf16=True, int8=True)):
+    rough = [Ways(int8=True)]
+    if fused.runs(torch.empty(0).bfloat16()):
+        rough += [Ways(bf16=True), Ways(bf16=True, int8=True)]
+    for ways in (Ways(), *rough):
         wish = Wish(tmp_path / f"{len(maps)}.tif")
         mapper = load_mapper(model, wish, "auto", ways=ways)
         encoder = mapper.network.encoder
@@ -115,7 +118,17 @@ def test_maps_in_rough_numbers_are_nearly_the_same(model, scene, tmp_path):
         with rasterio.open(wish.output) as file:
             maps.append(file.read(1))
         assert (maps[-1] == maps[0]).mean() > 0.9
-    assert len(settings) == 4
+    assert len(settings) == 1 + len(rough)
+
+
+@pytest.mark.parametrize("name", ["auto", "cuda"])
+@pytest.mark.parametrize("ways", [Ways(), Ways(streamed=True), Ways(int8=True), Ways(bf16=True)])
+def test_beside_a_gpu_what_only_a_cpu_does_goes_there_unasked(name, ways, monkeypatch):
+    monkeypatch.setattr(
+        "ringmoe_cli.jobs.ways.chosen_device", lambda name: "cuda" if name == "auto" else name
+    )
+    on_cpu = name == "auto" and (ways.streamed or ways.int8)
+    assert ways.device(name) == ("cpu" if on_cpu else "cuda")
 
 
 @pytest.mark.parametrize(

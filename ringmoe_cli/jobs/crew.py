@@ -49,7 +49,7 @@ class Order:
             load_mapper, self.model, self.wish, self.device, self.window, self.overlap, self.batch,
             self.flips, self.ways,
         )  # fmt: skip
-        return loaded(load, self.device, alone=self.ways.alone)
+        return loaded(load, self.ways.device(self.device), alone=self.ways.alone)
 
 
 @dataclass(frozen=True)

@@ -16,7 +16,7 @@ from ringmoe_cli.jobs.opening import Opener, Wish, about_scenes
 from ringmoe_cli.jobs.prediction import Crew, Job, Report, predict_scene
 from ringmoe_cli.jobs.summary import described, model_identity, summary
 from ringmoe_cli.jobs.ways import AS_STORED, Ways
-from ringmoe_cli.machine import chosen_device, return_unused_memory, use_memory_steadily
+from ringmoe_cli.machine import return_unused_memory, use_memory_steadily
 from ringmoe_cli.scene.maps.part import part_folder
 from ringmoe_cli.scene.maps.product import Product, product_of
 from ringmoe_cli.scene.maps.strips import Normalised
@@ -132,7 +132,7 @@ def load_mapper(
     from model.packing import pack
     from model.tasks.network import load_task_network
 
-    where = chosen_device("cpu" if ways.int8 and device == "auto" else device)
+    where = ways.device(device)
     ways.check(where)
     network, config = load_task_network(directory, ways.streamed, ways.int8, ways.bf16)
     assert config.task is not None

@@ -3,6 +3,7 @@
 from dataclasses import dataclass
 
 from ringmoe_cli.errors import RingmoeError
+from ringmoe_cli.machine import chosen_device
 
 
 @dataclass(frozen=True)
@@ -22,6 +23,15 @@ class Ways:
     def alone(self) -> bool:
         """Whether a model run so must work on one batch at a time."""
         return self.streamed or self.compiled
+
+    def device(self, name: str) -> str:
+        """The device meant by `--device`: what only a CPU does goes there, unless another is named.
+
+        Raises:
+            RingmoeError: for a device that this machine lacks.
+        """
+        on_cpu = name == "auto" and (self.streamed or self.int8)
+        return chosen_device("cpu" if on_cpu else name)
 
     def check(self, device: str) -> None:
         """Refuse what excludes each other, and what this machine cannot do.
