@@ -199,14 +199,15 @@ class WindowAttention(nn.Module):
         Returns:
             (B, H, W, C).
         """
-        q, k, v = self.project(grid.split(x))  # each (B·windows, heads, N, C/heads)
+        inward, outward = self.layers()
+        q, k, v = self.project(grid.split(x), inward)  # each (B·windows, heads, N, C/heads)
         dtype = torch.promote_types(v.dtype, torch.float32) if v.is_cpu else v.dtype
         bias = self.logit_bias(grid, valid, dtype)
         shape = v.shape
         if bias.shape[1] != self.heads:  # one bias per window, the same for all images
             q, k, v = (t.reshape(len(x), -1, *t.shape[2:]) for t in (q, k, v))
         out = attend(q, k, v, bias).view(shape)
-        return grid.join(linear(out.transpose(1, 2).flatten(2), self.layers()[1]))
+        return grid.join(linear(out.transpose(1, 2).flatten(2), outward))
 
     def layers(self) -> list[Layer]:
         """The projections to queries, keys and values, and of the result."""
@@ -249,9 +250,9 @@ class WindowAttention(nn.Module):
         mask = grid_mask(grid, bias.device) if valid is None else attention_mask(grid, valid)
         return (mask[:, :, None] + bias).flatten(1, 2)
 
-    def project(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    def project(self, x: Tensor, layer: Layer) -> tuple[Tensor, Tensor, Tensor]:
         """Queries, keys and values, the scale of the logits folded into the queries."""
-        qkv = linear(x, self.layers()[0])
+        qkv = linear(x, layer)
         split = qkv.view(*x.shape[:2], 3, self.heads, x.shape[2] // self.heads)
         q, k, v = split.permute(2, 0, 3, 1, 4)
         if self.cosine:  # Liu et al. 2022, Eq. 2
