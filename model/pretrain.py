@@ -214,7 +214,7 @@ def random_mask(config: ModelConfig, ratio: float, size: tuple[int, int], *key: 
     rows, cols = (ceil(side / config.mask_cell) for side in size)
     hidden = np.zeros(rows * cols, dtype=bool)
     order = np.random.default_rng(key).permutation(rows * cols)
-    hidden[order[: ceil(ratio * rows * cols)]] = True
+    hidden[order[: ceil(ratio * len(order))]] = True
     cells = torch.from_numpy(hidden.reshape(1, rows, cols))
     height, width = (ceil(side / config.patch_size) for side in size)
     return upsample(cells, config.mask_cell // config.patch_size)[0, :height, :width]
