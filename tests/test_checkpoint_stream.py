@@ -8,6 +8,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import nn
 
+from model import shards
 from model.checkpoint import (
     CheckpointConfig,
     disk_tensors,
@@ -49,6 +50,16 @@ def test_shards_of_the_library_stream_in_any_order(tmp_path):
     entries, _ = read_header(path)
     order = ["flags", "b", "a", "b", "scalar", "empty", "a"] * 3
     for name, tensor in zip(order, stream([entries[n] for n in order]), strict=True):
+        assert torch.equal(tensor, TENSORS[name])
+
+
+@pytest.mark.parametrize("block", [1, 3, 8, 64, 1000])
+def test_tensors_lie_across_blocks_of_the_file(tmp_path, monkeypatch, block):
+    monkeypatch.setattr(shards, "CHUNK", block)
+    path = tmp_path / "x.safetensors"
+    save_file(TENSORS, path)
+    entries, _ = read_header(path)
+    for name, tensor in zip(entries, stream([*entries.values()]), strict=True):
         assert torch.equal(tensor, TENSORS[name])
 
 
