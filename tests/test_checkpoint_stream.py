@@ -63,6 +63,18 @@ def test_tensors_lie_across_blocks_of_the_file(tmp_path, monkeypatch, block):
         assert torch.equal(tensor, TENSORS[name])
 
 
+def test_only_whole_blocks_of_the_file_are_forgotten_by_its_readers(tmp_path, monkeypatch):
+    monkeypatch.setattr(shards, "CHUNK", 64)
+    forgotten = []
+    monkeypatch.setattr(shards, "forget", lambda _, start, length: forgotten.append(start))
+    path = tmp_path / "x.safetensors"
+    save_file(TENSORS, path)
+    entries = sorted(read_header(path)[0].values(), key=lambda entry: entry.start)
+    list(stream(entries))
+    last = path.stat().st_size // 64 * 64
+    assert sorted({*forgotten} - {0}) == [*range(entries[0].start // 64 * 64, last, 64)]
+
+
 def test_a_stream_may_be_left_early(tmp_path):
     path = tmp_path / "x.safetensors"
     save_file(TENSORS, path)

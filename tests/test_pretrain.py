@@ -6,7 +6,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from model.batch import Batch
@@ -68,6 +68,7 @@ def test_upsample_equals_the_released_repeat(oracle_dir: Path) -> None:
 @given(
     st.integers(1, 200), st.integers(1, 200), st.sampled_from([4, 8, 16, 32]), st.floats(0.01, 0.99)
 )
+@example(65, 137, 4, 0.2)  # 0.2 * 17 * 35 is more than 119, 0.2 * 595 is not
 @settings(max_examples=50, deadline=None)
 def test_mask_of_any_size_hides_the_stated_share_of_cells(
     height: int, width: int, cell: int, ratio: float
